@@ -1,0 +1,91 @@
+# fastcil: each target sets up what it needs; `make` alone lists them.
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH := torch==2.13.0
+JOBS ?= 2
+MARKERS ?= not slow and not gpu
+DEMO_ARGS ?= --methods foster,foster+cim --data scenes --run-dir demo
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY := extension
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready$(if $(filter 1,$(FASTCIL_NO_EXT)),-no-ext)
+endif
+# That interpreter's tools, ninja among them, lie beside it or else on the path.
+ifneq ($(findstring /,$(PY)),)
+export PATH := $(abspath $(dir $(PY))):$(PATH)
+endif
+
+.PHONY: help demo test lint bench clean extension
+
+help:
+	@echo "make demo     compare FOSTER with FOSTER+CIM and write the report to demo/"
+	@echo "make test     lint, type-check and test; MARKERS=gpu picks other tests"
+	@echo "make lint     ruff, mypy and import-linter alone"
+	@echo "make bench    the benchmarks"
+	@echo "make clean    remove what make made, except the demo's report"
+	@echo
+	@echo "Each sets up what it needs in .venv first, with PYTHON=python3.12, say, if named."
+	@echo "VENV=               use that Python and its torch as they are; install nothing"
+	@echo "FASTCIL_NO_EXT=1    leave the C++ kernels out"
+
+demo: $(READY)
+	$(PY) -m fastcil compare $(DEMO_ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest fastcil tests -m "$(MARKERS)" --durations=10 \
+	  $(call plugin,xdist,-n $(JOBS)) $(call plugin,pytest_benchmark,--benchmark-disable)
+
+lint: $(READY)
+	$(call tool,ruff,check .)
+	$(call tool,ruff,format --check .)
+	$(call tool,mypy)
+	$(call tool,lint-imports,--no-logo)
+
+bench: $(READY)
+	$(PY) -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf .venv build dist fastcil.egg-info fastcil/_C*.so
+	rm -rf .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# With VENV= a tool or pytest plugin that is missing is named and passed over.
+tool = @if [ -n "$(strip $(VENV))" ] || command -v $(1) >/dev/null; then \
+	  set -x; $(1) $(2); else echo "$(1) is missing here: not run"; fi
+plugin = $$(if [ -n "$(strip $(VENV))" ] || $(PY) -c "import $(1)" 2>/dev/null; then \
+	  echo "$(2)"; else echo "$(1) is missing here: not used" >&2; fi)
+
+PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
+
+# In place, and linked anew each time: the interpreter or its torch may have changed.
+BUILD := rm -f fastcil/_C*.so; \
+	  if [ "$$FASTCIL_NO_EXT" != 1 ]; then $(PY) setup.py -q build_ext --inplace --force; fi
+
+extension:
+	@$(BUILD)
+
+# One recipe, so that its time is one figure. torch goes first and alone: the packages that follow
+# take the one they find.
+SETTINGS := Makefile pyproject.toml fastcil/_version.py
+$(VENV)/.ready $(VENV)/.ready-no-ext: $(SETTINGS) setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
+	  echo "fastcil: $(PYTHON) is not Python 3.10 or later: name one that is, PYTHON=..." >&2; exit 1; }
+	@[ "$$FASTCIL_NO_EXT" = 1 ] || { set -- $$CXX; \
+	  for name in $${1:-g++ c++ clang++}; do command -v $$name >/dev/null && exit; done; \
+	  echo "fastcil: no C++ compiler was found (looked for $${1:-g++, c++ and clang++}):" \
+	    "install one, or set FASTCIL_NO_EXT=1 to do without the C++ kernels." >&2; exit 1; }
+	@set -e; start=$$(date +%s); rm -f $(VENV)/.ready*; \
+	  if [ -n "$$(find $(SETTINGS) -newer $(VENV)/.packages 2>&1)" ]; then \
+	    echo "set-up: $(TORCH), fastcil and its tools into $(VENV); a few minutes the first time"; \
+	    $(PYTHON) -m venv $(VENV); \
+	    $(PIP) $(TORCH); \
+	    $(PIP) "setuptools>=77" ninja; \
+	    FASTCIL_NO_EXT=1 $(PIP) --no-build-isolation -e ".[test]"; \
+	    touch $(VENV)/.packages; \
+	  fi; \
+	  $(BUILD); \
+	  touch $@; echo "set-up: $$(($$(date +%s) - start)) s"

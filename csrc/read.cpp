@@ -1,0 +1,367 @@
+// fastcil::read on the CPU: crops out of packed images, resized, without unpacking them.
+//
+// The arithmetic is that of fastcil/ops/read.py, bit for bit. Rows are blended first, because a
+// row's bytes are contiguous: that leaves only h rows for the pass over pixels.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "packed.h"
+
+namespace fastcil {
+namespace {
+
+constexpr int kWeightBits = 14;  // a weight of one still fits int16
+constexpr int kLineBits = 7;     // so does 255 with these bits behind the point
+constexpr int kLineShift = kWeightBits - kLineBits;
+constexpr int kPixelShift = kWeightBits + kLineBits;
+constexpr int kGroup = 8;        // pixels blended together along a row
+constexpr double kFarthest = 65536;
+
+// For each output along one axis: `taps` weights, an even number, from source pixel `first` on.
+struct Axis {
+  int64_t low, high;  // the source pixels that crop and image share
+  int64_t taps;
+  std::vector<int64_t> first;
+  std::vector<int16_t> weights;
+
+  void fit(double begin, double end, int64_t side, int64_t size, bool antialias, bool flip);
+
+ private:
+  std::vector<double> centre_, start_, total_;
+};
+
+void Axis::fit(double begin, double end, int64_t side, int64_t size, bool antialias, bool flip) {
+  const double width = antialias ? std::max((end - begin) / size, 1.0) : 1.0;
+  const double covered_low = std::floor(begin), covered_high = std::ceil(end);
+  const auto count = static_cast<int64_t>(std::ceil(2 * width));
+  low = std::clamp<int64_t>(covered_low, 0, side);
+  high = std::clamp<int64_t>(covered_high, low, side);
+  taps = (count + 1) / 2 * 2;
+  centre_.resize(size);
+  start_.resize(size);
+  total_.resize(size * count);
+  for (int64_t i = 0; i < size; ++i) {
+    centre_[i] = (i + 0.5) * (end - begin) / size + begin;
+    start_[i] = std::floor(centre_[i] - width + 0.5);
+  }
+  // total_[k] holds the sums of each output's first k + 1 weights: vectorised over the outputs.
+  for (int64_t k = 0; k < count; ++k) {
+    double* total = total_.data() + k * size;
+    const double* before = k > 0 ? total - size : nullptr;
+    for (int64_t i = 0; i < size; ++i) {
+      const double x = start_[i] + k;
+      const double weight = std::max(1 - std::abs(x + 0.5 - centre_[i]) / width, 0.0);
+      const bool covered = x >= covered_low && x < covered_high;
+      total[i] = (before ? before[i] : 0.0) + (covered ? weight : 0.0);
+    }
+  }
+  // Whole groups of outputs, the last ones without weight.
+  const int64_t padded = (size + kGroup - 1) / kGroup * kGroup;
+  first.assign(padded, low);
+  weights.assign(padded * taps, 0);
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t out = flip ? size - 1 - i : i;
+    const double share = (1 << kWeightBits) / total_[(count - 1) * size + i];
+    const auto start = static_cast<int64_t>(start_[i]);
+    first[out] = std::clamp(start, low, std::max(low, high - 1));
+    int64_t sum = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const auto next = static_cast<int64_t>(std::rint(total_[k * size + i] * share));
+      const int64_t place = start + k - first[out];
+      if (place >= 0 && start + k < high) weights[out * taps + place] = next - sum;
+      sum = next;
+    }
+  }
+}
+
+// The rows that one output row is made of.
+struct Rows {
+  std::vector<const uint8_t*> bytes;
+  std::vector<int16_t> weights;
+
+  void clear() {
+    bytes.clear();
+    weights.clear();
+  }
+  void add(const uint8_t* row, int16_t weight) {
+    if (!bytes.empty() && bytes.back() == row) {
+      weights.back() += weight;
+    } else {
+      bytes.push_back(row);
+      weights.push_back(weight);
+    }
+  }
+};
+
+#ifdef __AVX2__
+inline __m256i pair_of_weights(const int16_t* weights) {
+  int32_t pair;
+  std::memcpy(&pair, weights, sizeof(pair));
+  return _mm256_set1_epi32(pair);
+}
+
+// 32 samples from j on; rows come in pairs.
+inline void blend_block(const Rows& rows, int64_t j, int16_t* line) {
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i half = _mm256_set1_epi32(1 << (kLineShift - 1));
+  __m256i sum[4] = {half, half, half, half};
+  for (size_t k = 0; k < rows.bytes.size(); k += 2) {
+    const auto load = [&](size_t r) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.bytes[r] + j));
+    };
+    const __m256i a = load(k), b = load(k + 1);
+    const __m256i weight = pair_of_weights(rows.weights.data() + k);
+    const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
+    const auto add = [&](__m256i& total, __m256i samples) {
+      total = _mm256_add_epi32(total, _mm256_madd_epi16(samples, weight));
+    };
+    add(sum[0], _mm256_unpacklo_epi8(low, zero));
+    add(sum[1], _mm256_unpackhi_epi8(low, zero));
+    add(sum[2], _mm256_unpacklo_epi8(high, zero));
+    add(sum[3], _mm256_unpackhi_epi8(high, zero));
+  }
+  for (auto& total : sum) total = _mm256_srai_epi32(total, kLineShift);
+  const __m256i even = _mm256_packs_epi32(sum[0], sum[1]), odd = _mm256_packs_epi32(sum[2], sum[3]);
+  auto* out = reinterpret_cast<__m256i*>(line + j);
+  _mm256_storeu_si256(out, _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+}
+#endif
+
+void blend_rows(Rows& rows, int64_t samples, int16_t* line) {
+  int64_t j = 0;
+#ifdef __AVX2__
+  if (samples >= 32 && !rows.bytes.empty()) {
+    if (rows.bytes.size() % 2) {
+      rows.bytes.push_back(rows.bytes.back());
+      rows.weights.push_back(0);
+    }
+    for (; j + 32 <= samples; j += 32) blend_block(rows, j, line);
+    if (j < samples) blend_block(rows, samples - 32, line);  // some of them a second time
+    return;
+  }
+#endif
+  for (; j < samples; ++j) {
+    int32_t sum = 1 << (kLineShift - 1);
+    for (size_t k = 0; k < rows.bytes.size(); ++k) sum += rows.weights[k] * rows.bytes[k][j];
+    line[j] = static_cast<int16_t>(sum >> kLineShift);
+  }
+}
+
+// What blend_columns reads: for each output pixel where its first tap's sample lies in the line,
+// and the weights, copied into the lanes where they are wanted.
+struct Columns {
+  std::vector<int32_t> samples;
+  std::vector<int16_t> weights;
+
+  void set(const Axis& axis) {
+    const int64_t size = axis.first.size(), taps = axis.taps;
+    samples.resize(size);
+    for (int64_t i = 0; i < size; ++i) samples[i] = 3 * (axis.first[i] - axis.low);
+#ifdef __AVX2__
+    weights.resize(4 * size * taps);
+    int16_t* out = weights.data();
+    for (int64_t i = 0; i < size; i += kGroup) {
+      for (int64_t k = 0; k < taps; k += 2) {
+        for (int64_t n = 0; n < kGroup; ++n, out += 8) {
+          const int16_t* pair = axis.weights.data() + (i + kLane[n]) * taps + k;
+          for (int c = 0; c < 8; c += 2) std::memcpy(out + c, pair, 2 * sizeof(int16_t));
+        }
+      }
+    }
+#else
+    weights = axis.weights;
+#endif
+  }
+
+  static constexpr int kLane[kGroup] = {0, 4, 1, 5, 2, 6, 3, 7};
+};
+
+// One row of output pixels, in whole groups.
+template <int kTaps>  // 0: as many as there are
+void blend_columns(const int16_t* line, const Columns& columns, int64_t taps, uint8_t* out) {
+  if (kTaps) taps = kTaps;
+  const int64_t size = columns.samples.size();
+  const int32_t* samples = columns.samples.data();
+  const int16_t* weights = columns.weights.data();
+#ifdef __AVX2__
+  // R0 G0 B0 R1 G1 B1 .. to R0 R1 G0 G1 B0 B1, and R0 G0 B0 _ R1 G1 B1 _ .. to R0 G0 B0 R1 G1 B1
+  const __m256i by_colour = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1));
+  const __m256i close_up = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+  const __m256i half = _mm256_set1_epi32(1 << (kPixelShift - 1));
+  for (int64_t i = 0; i < size; i += kGroup, samples += kGroup, out += 3 * kGroup) {
+    __m256i sum[4] = {half, half, half, half};  // pixels 0 and 4, 1 and 5, ...
+    for (int64_t k = 0; k < taps; k += 2, weights += 8 * kGroup) {
+      for (int n = 0; n < 4; ++n) {
+        const auto load = [&](int pixel) {
+          return _mm_loadu_si128(
+              reinterpret_cast<const __m128i*>(line + samples[pixel] + 3 * k));
+        };
+        const __m256i pixels = _mm256_set_m128i(load(n + 4), load(n));
+        const __m256i weight =
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 16 * n));
+        sum[n] = _mm256_add_epi32(
+            sum[n], _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, by_colour), weight));
+      }
+    }
+    for (auto& total : sum) total = _mm256_srai_epi32(total, kPixelShift);
+    const __m256i pixels = _mm256_shuffle_epi8(
+        _mm256_packus_epi16(_mm256_packs_epi32(sum[0], sum[1]),
+                            _mm256_packs_epi32(sum[2], sum[3])),
+        close_up);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(pixels));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 12), _mm256_extracti128_si256(pixels, 1));
+  }
+#else
+  for (int64_t i = 0; i < size; ++i, weights += taps) {
+    int32_t sum[3] = {1 << (kPixelShift - 1), 1 << (kPixelShift - 1), 1 << (kPixelShift - 1)};
+    for (int64_t k = 0; k < taps; ++k) {
+      for (int c = 0; c < 3; ++c) sum[c] += weights[k] * line[samples[i] + 3 * k + c];
+    }
+    for (int c = 0; c < 3; ++c) out[3 * i + c] = static_cast<uint8_t>(sum[c] >> kPixelShift);
+  }
+#endif
+}
+
+// Reads one image after the other, keeping its buffers.
+class Reader {
+ public:
+  void read(const PackedImage& image, const float* crop, bool flip, bool antialias,
+            int64_t height, int64_t width, uint8_t* out) {
+    rows_.fit(crop[0], crop[2], image.height, height, antialias, false);
+    columns_.fit(crop[1], crop[3], image.width, width, antialias, flip);
+    placed_.set(columns_);
+    const int64_t samples = 3 * (columns_.high - columns_.low);
+    line_.assign(samples + 3 * columns_.taps + 8, 0);
+    pixels_.resize(3 * columns_.first.size() + 4);
+    if (!image.raw()) prepare(image, samples);
+    for (int64_t i = 0; i < height; ++i) {
+      gathered_.clear();
+      for (int64_t k = 0; k < rows_.taps; ++k) {
+        const int16_t weight = rows_.weights[i * rows_.taps + k];
+        if (weight) gathered_.add(row(image, rows_.first[i] + k), weight);
+      }
+      blend_rows(gathered_, samples, line_.data());
+      const auto blend = columns_.taps == 2   ? blend_columns<2>
+                         : columns_.taps == 4 ? blend_columns<4>
+                                              : blend_columns<0>;
+      blend(line_.data(), placed_, columns_.taps, pixels_.data());
+      std::memcpy(out + 3 * width * i, pixels_.data(), 3 * width);
+    }
+  }
+
+ private:
+  Axis rows_, columns_;
+  Columns placed_;
+  Rows gathered_;
+  Cells cells_;
+  std::vector<int64_t> same_row_, shown_row_;
+  std::vector<uint8_t> shown_, pixels_;
+  std::vector<int16_t> line_;
+  int64_t slots_;
+
+  // The last rows of a packed image stay in `shown_`, row y in slot y mod slots_: there are so many
+  // that no two of an output's rows, nor the equal ones that stand for them, are in one slot.
+  void prepare(const PackedImage& image, int64_t samples) {
+    image.find_cells(columns_.low, columns_.high, cells_);
+    slots_ = rows_.taps + image.height / image.grid_height + 1;
+    shown_.resize(samples * slots_);
+    shown_row_.assign(slots_, -1);
+    same_row_.resize(rows_.high - rows_.low);
+    for (int64_t y = rows_.low; y < rows_.high; ++y) {
+      same_row_[y - rows_.low] = image.same_row(y);
+    }
+  }
+
+  // The crop's columns of row y.
+  const uint8_t* row(const PackedImage& image, int64_t y) {
+    const int64_t low = columns_.low, high = columns_.high;
+    if (image.raw()) return image.in_box(y, low);
+    y = same_row_[y - rows_.low];
+    const auto slot = [&](int64_t row) { return shown_.data() + row % slots_ * 3 * (high - low); };
+    if (shown_row_[y % slots_] != y) {
+      const bool above = y > 0 && shown_row_[(y - 1) % slots_] == y - 1;
+      image.row(y, low, high, cells_, above ? slot(y - 1) : nullptr, slot(y));
+      shown_row_[y % slots_] = y;
+    }
+    return slot(y);
+  }
+};
+
+std::vector<float> whole_or_checked(const c10::optional<at::Tensor>& crops,
+                                    const std::vector<PackedImage>& images) {
+  std::vector<float> out;
+  out.reserve(4 * images.size());
+  if (!crops) {
+    for (const auto& image : images) {
+      out.insert(out.end(), {0, 0, float(image.height), float(image.width)});
+    }
+    return out;
+  }
+  const at::Tensor rows = crops->contiguous();
+  const float* c = rows.const_data_ptr<float>();
+  for (size_t i = 0; i < images.size(); ++i, c += 4) {
+    bool sound = c[0] < c[2] && c[1] < c[3];
+    for (int k = 0; k < 4; ++k) sound = sound && std::abs(c[k]) <= kFarthest;
+    TORCH_CHECK_VALUE(sound, "crops[", i, "] is [", c[0], ", ", c[1], ", ", c[2], ", ", c[3],
+                      "], not a finite (y0, x0, y1, x1) with y0 < y1 and x0 < x1, within ",
+                      int64_t(kFarthest), " pixels");
+    out.insert(out.end(), c, c + 4);
+  }
+  return out;
+}
+
+at::Tensor read_cpu(at::TensorList arenas, const at::Tensor& arena, const at::Tensor& offsets,
+                    const at::Tensor& geometry, int64_t height, int64_t width,
+                    const c10::optional<at::Tensor>& crops, const c10::optional<at::Tensor>& flips,
+                    const c10::optional<at::Tensor>& views, bool antialias) {
+  const auto contiguous = [](const c10::optional<at::Tensor>& rows) {
+    return rows ? rows->contiguous() : at::Tensor();
+  };
+  std::vector<at::Tensor> buffers;
+  for (const auto& pixels : arenas) buffers.push_back(pixels.contiguous());
+  const at::Tensor which = arena.contiguous(), begins = offsets.contiguous();
+  const at::Tensor rows = geometry.contiguous(), mirrored = contiguous(flips);
+  const at::Tensor seen = contiguous(views);
+  const int64_t batch = rows.size(0);
+  std::vector<PackedImage> images;
+  images.reserve(batch);
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t k = which.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK_VALUE(k >= 0 && k < int64_t(buffers.size()), "arena[", i, "] is ", k,
+                      ", but there are ", buffers.size(), " arenas");
+    images.push_back(open_image(i, buffers[k].const_data_ptr<uint8_t>(), buffers[k].numel(),
+                                begins.const_data_ptr<int64_t>()[i],
+                                rows.const_data_ptr<int16_t>() + 8 * i,
+                                views ? seen.const_data_ptr<int16_t>() + 6 * i : nullptr));
+  }
+  const std::vector<float> crop = whole_or_checked(crops, images);
+  at::Tensor out = at::empty({batch, 3, height, width}, geometry.options().dtype(at::kByte),
+                             at::MemoryFormat::ChannelsLast);
+  uint8_t* bytes = out.mutable_data_ptr<uint8_t>();
+  const bool* flip = flips ? mirrored.const_data_ptr<bool>() : nullptr;
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    Reader reader;
+    for (int64_t i = begin; i < end; ++i) {
+      reader.read(images[i], crop.data() + 4 * i, flip && flip[i], antialias, height, width,
+                  bytes + 3 * height * width * i);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastcil, CPU, m) { m.impl("read", &read_cpu); }
+
+}  // namespace fastcil

@@ -1,0 +1,1 @@
+"""What composes with any method by ``+``: one file per addon."""

@@ -1,0 +1,165 @@
+"""The mask-level step of CIM: learning the compression of images through a step of the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcil.contract import Batch, Losses, Recipe, Stage, Stepper, Stream, evaluating, total
+from fastcil.errors import CompositionError
+from fastcil.nn import Network
+from fastcil.ops import cam, soft_compose
+
+
+class MaskStage(Stage):
+    r"""One gradient step on phi, the curves of a network's Padé branch, per mask-level step.
+
+    With phi's maps A = w_y^T F(x; theta, phi), scaled to masks M in [0, 1] (Luo et al. 2023,
+    Eqs. S1a, S1b), and the new images of the inner batch composed with their downsampled selves,
+    x~ = M x + (1 - M) x_eta (Eq. S1c):
+
+    .. math:: \theta^+ = \theta - \beta_1 \nabla_\theta L_{CIL}(\tilde x; \theta, \omega)
+
+    (Eq. 7), the loss being the main stage's own, and phi follows the gradient of
+
+    .. math:: L_{CE}(D_i; \theta^+, \omega) + \mu \, \mathrm{mean}(M^2)
+        + \mu' L_{CE}(E \cup D_i; \theta, \phi, \omega)
+
+    (Eq. 9) through theta+, second derivatives included. theta is what the main stage trains of
+    the extractors; heads stay as they are, and so do all batch-norm statistics, for the whole
+    method is in evaluation mode meanwhile (as in the released code).
+
+    Args:
+        main: The stage that learns the new data. Its ``logits`` gives the outer loss its scores.
+        streams: What the inner batch is drawn from (part 0 new, part 1 exemplars), and the outer.
+        recipe: Of phi. beta_1 follows its schedule.
+        steps: Steps after each epoch of ``main``.
+        network: Gives the network whose maps become masks.
+        branch: Gives that network with Padé activations, in evaluation mode.
+        curves: Gives phi, the parameters learned.
+        inner_lr: beta_1 at the start.
+        ratio: eta of x_eta.
+        mu: Weight of the masks' size.
+        mu_prime: Weight of the branch's own cross-entropy.
+        compress_all: Whether exemplars, compressed already, are composed too.
+    """
+
+    def __init__(
+        self,
+        main: Stage,
+        streams: tuple[Stream, Stream],
+        recipe: Recipe,
+        steps: int,
+        *,
+        network: Callable[[], Network],
+        branch: Callable[[], Network],
+        curves: Callable[[], Iterable[nn.Parameter]],
+        inner_lr: float,
+        ratio: float,
+        mu: float,
+        mu_prime: float,
+        compress_all: bool,
+    ) -> None:
+        if main.logits is None:
+            raise CompositionError(
+                f"addon 'cim' steps the logits of stage '{main.name}', which names none; give the "
+                f"Stage logits=self.logits, or what classifies while it trains."
+            )
+        super().__init__(
+            name="mask",
+            method=main.method,
+            objective=main.objective,
+            streams=streams,
+            recipe=recipe,
+            parameters=self._start,
+            steps=steps,
+        )
+        self.main = main
+        self.network = network
+        self.branch = branch
+        self.curves = curves
+        self.inner_lr = inner_lr
+        self.ratio = ratio
+        self.mu = mu
+        self.mu_prime = mu_prime
+        self.compress_all = compress_all
+        self._learned: list[nn.Parameter] = []
+        self._theta: list[str] = []
+
+    def _start(self) -> list[nn.Parameter]:
+        """Finds phi and theta, once: while phi trains, nothing else says that it does."""
+        self._learned = list(self.curves())
+        extractors = {id(p) for p in self.network().extractors.parameters()}
+        trained = {id(p) for p in self.main.parameters()}
+        self._theta = [
+            name
+            for name, parameter in self.method.named_parameters()
+            if id(parameter) in extractors & trained
+        ]
+        if not self._theta:
+            raise CompositionError(
+                f"addon 'cim' steps the extractor that stage '{self.main.name}' trains, and it "
+                f"trains none of the localiser's; let localiser() return the network it trains."
+            )
+        return self._learned
+
+    def step(self, batches: Sequence[Batch], stepper: Stepper) -> Losses:
+        """One mask-level step: Eqs. S1, 7 and 9.
+
+        Args:
+            batches: The inner batch and the outer one.
+            stepper: Steps phi's optimiser.
+
+        Returns:
+            The terms of Eq. 9, weighted and detached: ``outer``, ``mask``, ``branch``.
+        """
+        inner, outer = batches
+        # In full precision always: derivatives of derivatives drown in the rounding of half.
+        full = torch.autocast(inner.images.device.type, enabled=False)
+        with evaluating(self.method), full:
+            losses = self._outer_losses(inner, outer, stepper.lr / self.recipe.lr)
+            gradients = torch.autograd.grad(total(losses), self._learned)
+        # A linear function with these gradients: a backward pass through the losses themselves
+        # would go on to the gradients of theta, which nobody reads.
+        pairs = zip(self._learned, gradients, strict=True)
+        stepper.update(torch.stack([(p * g).sum() for p, g in pairs]).sum())
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _outer_losses(self, inner: Batch, outer: Batch, factor: float) -> Losses:
+        """The terms of Eq. 9, with beta_1 at ``factor`` of its start."""
+        network, branch = self.network(), self.branch()
+        maps = branch.maps(inner.images)  # [B, C, h, w]
+        masks = cam(maps, network.cam_weights(inner.labels).detach())  # [B, h, w]
+        scores = network.head(maps.mean((2, 3)))
+        theta = self._inner_step(self._compressed(inner, masks), self.inner_lr * factor)
+        logits = self.main.call(self.main.logits, outer.images, parameters=theta)
+        return {
+            "outer": F.cross_entropy(logits, outer.labels),
+            "mask": self.mu * masks.square().mean(),
+            "branch": self.mu_prime * F.cross_entropy(scores, inner.labels),
+        }
+
+    def _compressed(self, batch: Batch, masks: Tensor) -> Batch:
+        """The batch with its new images composed as the masks say (Eq. S1c)."""
+        images = soft_compose(batch.images, masks, self.ratio)
+        if not self.compress_all:
+            images = torch.where((batch.part == 0)[:, None, None, None], images, batch.images)
+        return replace(batch, images=images)
+
+    def _inner_step(self, batch: Batch, rate: float) -> dict[str, Tensor]:
+        """theta+ by name, as a differentiable function of the batch's images (Eq. 7)."""
+        named = dict(self.method.named_parameters())
+        theta = {name: named[name].detach().requires_grad_() for name in self._theta}
+        gradients = torch.autograd.grad(
+            total(self.main.loss(batch, theta)),
+            list(theta.values()),
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        pairs = zip(theta.items(), gradients, strict=True)
+        return {name: value.detach() - rate * gradient for (name, value), gradient in pairs}

@@ -1,0 +1,124 @@
+"""The command line: ``fastcil train | evaluate | compare | report | methods | doctor``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastcil.errors import FastcilError
+
+_USAGE = """usage: fastcil COMMAND [options]
+
+  train      run one method:          fastcil train --method foster+cim --data scenes
+  compare    several at equal memory: fastcil compare --methods foster,foster+cim --seeds 0,1,2
+  evaluate   a saved Learner on data: fastcil evaluate LEARNER --data DATA
+  report     write a run's report:    fastcil report RUN_DIR
+  methods    what there is:           fastcil methods [NAME]
+  doctor     what this machine can do
+
+  fastcil COMMAND --help lists a command's options.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; bad input prints one sentence and returns 2, an interruption 130."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from fastcil import __version__
+
+        print(__version__)
+        return 0
+    command, *rest = arguments
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "compare": _compare,
+        "evaluate": _evaluate,
+        "report": _report,
+        "methods": _methods,
+        "doctor": _doctor,
+    }
+    try:
+        if command not in commands:
+            from fastcil.contract import nearest
+
+            raise FastcilError(f"command '{command}' is unknown; {nearest(command, commands)}")
+        return commands[command](rest)
+    except FastcilError as error:
+        print(f"fastcil: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastcil: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    from fastcil.engine.arguments import parse_run
+    from fastcil.engine.report import write_report
+    from fastcil.engine.run import train
+
+    options = parse_run("train", arguments)
+    options["run_dir"] = options["run_dir"] or _default_dir(options["method"], options)
+    result = train(**options)
+    print(result)
+    print(f"report: {write_report(options['run_dir'])}")
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from fastcil.engine.arguments import parse_run
+    from fastcil.engine.compare import compare
+    from fastcil.engine.report import write_report
+
+    options = parse_run("compare", arguments)
+    options["run_dir"] = options["run_dir"] or _default_dir("compare", options)
+    comparison = compare(**options)
+    Console(width=140 if not sys.stdout.isatty() else None).print(comparison.table())
+    print(f"report: {write_report(options['run_dir'])}")
+    return 0
+
+
+def _default_dir(name: str, options: dict[str, Any]) -> str:
+    """``runs/NAME-DATA-SCENARIO``: the same command finds its run again."""
+    data = str(options["data"]).rstrip("/").rpartition("/")[2].partition(":")[0]
+    return f"runs/{name}-{data}-{options['scenario']}"
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from fastcil.engine.arguments import parse_evaluate
+    from fastcil.engine.assess import assess
+
+    options = parse_evaluate(arguments)
+    for name, figures in assess(**options).items():
+        print(f"{name}: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from fastcil.engine.arguments import parse_report
+    from fastcil.engine.report import write_report
+
+    print(write_report(parse_report(arguments)))
+    return 0
+
+
+def _methods(arguments: list[str]) -> int:
+    from fastcil.engine.catalogue import describe, list_all
+
+    print(describe(arguments[0]) if arguments else list_all())
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from fastcil.engine.doctor import findings
+
+    if arguments:
+        raise FastcilError(f"doctor takes no argument; it got '{arguments[0]}'.")
+    for name, finding, good in findings():
+        print(f"{'ok ' if good else '-- '} {name:14} {finding}")
+    return 0

@@ -1,0 +1,84 @@
+"""The face of a learner."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from fastcil.contract.context import Context
+from fastcil.contract.persistent import Persistent
+from fastcil.contract.record import Record
+from fastcil.contract.retained import Retained
+from fastcil.contract.stage import Stage
+from fastcil.contract.task import Task
+from fastcil.nn import Network
+
+
+class Method(Persistent):
+    """A learner: a network, its losses, and what happens before and after a task.
+
+    The engine calls, for each task: ``begin_task``; the stages that ``stages`` describes; the
+    memory's update, with features from ``embed``; ``end_task``, whose task carries the updated
+    exemplars; the evaluation of every readout; ``release``.
+
+    Args:
+        config: The method's frozen Config.
+        context: Services of the engine.
+    """
+
+    Config: ClassVar[type]
+    keeps: ClassVar[Literal["exemplars", "everything", "nothing"]] = "exemplars"
+    selection: ClassVar[Literal["herding", "random"]] = "herding"
+    auto_augment: ClassVar[bool] = False
+    network: Network
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__()
+        self.config = config
+        self.context = context
+
+    @abstractmethod
+    def begin_task(self, task: Task) -> None:
+        """Makes room for the task's classes."""
+
+    @abstractmethod
+    def stages(self, task: Task) -> list[Stage]:
+        """Describes the training of this task; changes nothing."""
+
+    def end_task(self, task: Task) -> None:
+        """What remains to do once memory is updated; ``task.exemplars`` are the new ones."""
+
+    def release(self) -> None:
+        """Drops what only this task's evaluation needed."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Scores of all known classes, [B, K]."""
+        scores: Tensor = self.network(images)
+        return scores
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The same as `logits`: what is exported."""
+        return self.logits(images)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features [B, D] by which exemplars are selected."""
+        return self.network.features(images)
+
+    def localiser(self) -> Network:
+        """The network whose class activation maps show where an object is."""
+        return self.network
+
+    def readouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Named ways to classify, images -> scores [B, K]; the first is the method's own."""
+        return {"linear": self.logits}
+
+    def retained(self) -> list[Retained]:
+        """What the method keeps for old tasks beside exemplars: networks, logits, curvature."""
+        return []
+
+    def records(self) -> list[Record]:
+        """What to show in the report."""
+        return []

@@ -1,0 +1,143 @@
+"""How long and how fast a stage trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from fastcil.errors import FastcilError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Optimiser, schedule and length of one stage; part of a method's Config.
+
+    The learning rate of epoch e (from 0) of E is ``lr * factor(e)``:
+
+    - ``cosine``: (1 + cos(pi e / E)) / 2 (Loshchilov and Hutter 2017, Eq. 5, one period);
+    - ``step``: gamma ** (number of milestones <= e);
+    - ``constant``: 1;
+
+    with e and E counted from the end of a linear warm-up of ``warmup`` epochs, whose factors are
+    1/(warmup+1), 2/(warmup+1), ...
+
+    Args:
+        epochs: Passes over the stage's first stream.
+        lr: Peak learning rate.
+        schedule: ``cosine``, ``step`` or ``constant``.
+        milestones: Epochs at which ``step`` multiplies by ``gamma``, counted after the warm-up.
+        gamma: Factor at each milestone.
+        warmup: Epochs of linear warm-up, part of ``epochs``.
+        optimizer: ``sgd`` (with ``momentum``) or ``adam``.
+        momentum: SGD's momentum.
+        weight_decay: L2 penalty as the optimiser applies it.
+        batch_size: Images per step of the first stream.
+        clip: Largest gradient norm, 0 for none.
+
+    Example:
+        >>> [round(Recipe(epochs=4, lr=0.1).lr_at(e), 4) for e in range(4)]
+        [0.1, 0.0854, 0.05, 0.0146]
+    """
+
+    epochs: int
+    lr: float
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    warmup: int = 0
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 0), ("batch_size", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if value < low:
+                raise FastcilError(f"{name} is {value}; it must be at least {low}.")
+        if not self.lr > 0:
+            raise FastcilError(f"lr is {self.lr}; it must be a positive number.")
+
+    def factor(self, epoch: int) -> float:
+        """The schedule's multiplier of ``lr`` in epoch ``epoch``."""
+        if epoch < self.warmup:
+            return (epoch + 1) / (self.warmup + 1)
+        done, length = epoch - self.warmup, max(1, self.epochs - self.warmup)
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done / length))
+        if self.schedule == "step":
+            return self.gamma ** sum(m <= done for m in self.milestones)
+        return 1.0
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate of epoch ``epoch``."""
+        return self.lr * self.factor(epoch)
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """An optimiser over ``parameters`` with this recipe's settings."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+
+def scale_epochs(config: ConfigT, factor: float) -> ConfigT:
+    """A copy of a Config whose every length counted in epochs is multiplied by ``factor``.
+
+    Recipes keep their shape: milestones and warm-up shrink with the epochs. Other fields counted
+    in epochs say so by ``field(metadata={"epochs": True})``. Nothing falls below one epoch that
+    was not zero before.
+
+    Example:
+        >>> scale_epochs(Recipe(epochs=200, lr=0.1, milestones=(60, 120)), 0.1).milestones
+        (6, 12)
+    """
+    if factor == 1.0 or not dataclasses.is_dataclass(config):
+        return config
+
+    def scaled(epochs: int) -> int:
+        return max(1, round(epochs * factor)) if epochs else 0
+
+    changes: dict[str, Any] = {}
+    if isinstance(config, Recipe):
+        changes = {
+            "epochs": scaled(config.epochs),
+            "warmup": round(config.warmup * factor),
+            "milestones": tuple(scaled(m) for m in config.milestones),
+        }
+    else:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                changes[field.name] = scale_epochs(value, factor)
+            elif field.metadata.get("epochs"):
+                changes[field.name] = scaled(value)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def replace_batch_size(config: ConfigT, batch_size: int | None) -> ConfigT:
+    """A copy of a Config whose every Recipe not marked as fixed uses ``batch_size``.
+
+    A field with ``metadata={"own_batch": True}`` (a bilevel step's small batch, say) keeps its own.
+    """
+    if batch_size is None or not dataclasses.is_dataclass(config):
+        return config
+    if isinstance(config, Recipe):
+        return dataclasses.replace(config, batch_size=batch_size)
+    changes = {
+        field.name: replace_batch_size(getattr(config, field.name), batch_size)
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, field.name))
+        and not field.metadata.get("own_batch")
+    }
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]

@@ -1,0 +1,24 @@
+"""What a method or addon leaves for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Record:
+    """One thing to show in the report.
+
+    Args:
+        kind: ``curve``: payload {"x": [...], "y": {name: [...]}, "xlabel", "ylabel"};
+            ``matrix``: {"values": [[...]], "rows": [...], "columns": [...]};
+            ``images``: {"images": uint8 [N, H, W, 3] array, "captions": [...]};
+            ``table``: {"columns": [...], "rows": [[...]]}.
+        title: Heading.
+        payload: The figures, as plain Python (arrays only in ``images``).
+    """
+
+    kind: Literal["curve", "matrix", "images", "table"]
+    title: str
+    payload: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,114 @@
+"""Names of methods, addons and codecs, and where they live."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+
+from fastcil.errors import CompositionError, FastcilError
+
+METHODS: dict[str, str | type] = {
+    "finetune": "fastcil.methods.finetune:Finetune",
+    "joint": "fastcil.methods.joint:Joint",
+    "er": "fastcil.methods.er:ExperienceReplay",
+    "icarl": "fastcil.methods.icarl:ICaRL",
+    "der": "fastcil.methods.der:DER",
+    "foster": "fastcil.methods.foster:Foster",
+}
+ADDONS: dict[str, str | type] = {
+    "cam": "fastcil.addons.cam:CAM",
+    "cim": "fastcil.addons.cim:CIM",
+}
+CODECS: dict[str, str | type] = {
+    "raw": "fastcil.memory.codecs.raw:RawCodec",
+    "bbox": "fastcil.memory.codecs.bbox:BBoxCodec",
+}
+ALIASES = {"ft-cnn": "finetune"}
+
+_KINDS: dict[str, dict[str, str | type]] = {"method": METHODS, "addon": ADDONS, "codec": CODECS}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause that suggests the nearest known name, and lists all.
+
+    Example:
+        >>> nearest("fosterr", ["foster", "der"])
+        "did you mean 'foster'? Known: der, foster."
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Known: {', '.join(known)}."
+
+
+def lookup(kind: str, name: str) -> type:
+    """The class registered under a name.
+
+    Args:
+        kind: ``method``, ``addon`` or ``codec``.
+        name: Its registered name or an alias.
+
+    Raises:
+        FastcilError: The name is unknown; the nearest known one is suggested.
+    """
+    table = _KINDS[kind]
+    entry = table.get(ALIASES.get(name, name))
+    if entry is None:
+        raise FastcilError(f"{kind} '{name}' is unknown; {nearest(name, table)}")
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        entry = getattr(importlib.import_module(module), attribute)
+    assert isinstance(entry, type)
+    return entry
+
+
+def register(kind: str, name: str, cls: type) -> None:
+    """Makes a class of the user's own known by a name, for this process.
+
+    Args:
+        kind: ``method``, ``addon`` or ``codec``.
+        name: Without ``+``; may not hide a name of fastcil's own.
+        cls: A subclass of `Method`, `Addon` or `fastcil.memory.Codec`.
+
+    Raises:
+        FastcilError: The name is taken by another class, or holds a ``+``.
+    """
+    table = _KINDS[kind]
+    if "+" in name or not name:
+        raise FastcilError(f"{kind} name is '{name}'; it must be non-empty and hold no '+'.")
+    taken = table.get(ALIASES.get(name, name))
+    if taken is not None and taken is not cls and isinstance(taken, str):
+        raise FastcilError(f"{kind} name '{name}' is fastcil's own; choose another.")
+    table[name] = cls
+
+
+def parse_composition(text: str) -> tuple[str, tuple[str, ...]]:
+    """Splits ``foster+cim`` into its method and its addons, and checks the names.
+
+    Raises:
+        FastcilError: An unknown name.
+        CompositionError: An addon stands first, a method stands behind ``+``, or one occurs twice.
+
+    Example:
+        >>> parse_composition("foster+cim")
+        ('foster', ('cim',))
+    """
+    method, *addons = (part.strip() for part in text.split("+"))
+    method = ALIASES.get(method, method)
+    if method in ADDONS:
+        raise CompositionError(
+            f"method '{text}' starts with the addon '{method}'; put a method before it, as in "
+            f"'foster+{method}'."
+        )
+    lookup("method", method)
+    for addon in addons:
+        if ALIASES.get(addon, addon) in METHODS:
+            raise CompositionError(
+                f"method '{text}' adds the method '{addon}' to another; only addons compose: "
+                f"{', '.join(sorted(ADDONS))}."
+            )
+        lookup("addon", addon)
+        if addons.count(addon) > 1:
+            raise CompositionError(f"method '{text}' names the addon '{addon}' twice; once is all.")
+    return method, tuple(addons)

@@ -1,0 +1,8 @@
+"""Images and labels: stores, readers, augmentation, the embedded default data."""
+
+from fastcil.data.augment import Augmentation as Augmentation
+from fastcil.data.store import Dataset as Dataset
+from fastcil.data.store import Examples as Examples
+from fastcil.data.store import ImageStore as ImageStore
+from fastcil.data.store import read_images as read_images
+from fastcil.data.store import view_geometry as view_geometry

@@ -1,0 +1,362 @@
+"""Augmentation: where each training image is cropped, and what happens to its pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastcil.data import pixel_ops
+from fastcil.data.autoaugment import autoaugment
+
+Crop = Literal["resized", "padded", "none"]
+Policy = Literal["none", "cifar", "imagenet"]
+
+# RandomResizedCrop's aspect ratios (Szegedy et al. 2015), its tries, and where it gives up.
+_RATIOS = (3 / 4, 4 / 3)
+_TRIES = 10
+
+
+def _real(value: object) -> bool:
+    """Whether this is a finite number, and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    """Whether this is an int, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks sizes [B, 2] and gives heights and widths, float64 [B] each."""
+    if not isinstance(sizes, Tensor) or sizes.ndim != 2 or sizes.shape[1] != 2:
+        got = list(sizes.shape) if isinstance(sizes, Tensor) else type(sizes).__name__
+        raise ValueError(f"sizes is {got}; pass a tensor [B, 2] of heights and widths.")
+    height, width = sizes.double().unbind(1)
+    return height, width
+
+
+def _box(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Crops float32 [B, 4] as (y0, x0, y1, x1)."""
+    return torch.stack([top, left, top + height, left + width], 1).float()
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training and test images are cut out of the stored ones and changed.
+
+    The geometry (`draw`, `centre`, `whole`) is for `fastcil.ops.read`, which crops, resizes and
+    flips while it gathers a batch; `pixels` then works on that batch and `normalise` makes it the
+    network's input. Every random number comes from the CPU generator passed in: the same seed
+    gives the same bits.
+
+    Attributes:
+        size: Side of the training and test image in pixels.
+        crop: "resized": a random part of the image, resized (RandomResizedCrop, Szegedy et al.
+            2015); "padded": a square of side `size` at the image's own resolution, out of the
+            image with `padding` black pixels on each side; "none": the whole image.
+        min_scale: Smallest share of the image's area that "resized" takes; the largest is 1.
+        padding: Black pixels on each side for "padded".
+        flip: Whether half the images are mirrored.
+        brightness: b of a brightness factor drawn from [1 - b, 1 + b]; 0 leaves it out.
+        policy: AutoAugment's policy (Cubuk et al. 2019), or "none".
+        cutout: Side of Cutout's black square (DeVries & Taylor 2017), or 0.
+        mean: Each channel's mean, of values from 0 to 1.
+        std: Each channel's standard deviation, likewise.
+        antialias: Whether `read` filters when it shrinks.
+        test_ratio: With "resized", the test image is the middle of the image resized to a short
+            side of size * test_ratio; the other crops test on the whole image.
+
+    Raises:
+        ValueError: If a value is out of its range; the sentence names it.
+
+    Example:
+        >>> augmentation = Augmentation.cifar(policy="cifar", cutout=16)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> crops, flips = augmentation.draw(torch.full((2, 2), 32), generator)
+        >>> crops.shape, flips.shape
+        (torch.Size([2, 4]), torch.Size([2]))
+        >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        >>> augmentation.normalise(augmentation.pixels(images, generator)).dtype
+        torch.float32
+    """
+
+    size: int
+    crop: Crop = "resized"
+    min_scale: float = 0.08
+    padding: int = 4
+    flip: bool = True
+    brightness: float = 63 / 255
+    policy: Policy = "none"
+    cutout: int = 0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    antialias: bool = True
+    test_ratio: float = 256 / 224
+
+    def __post_init__(self) -> None:
+        """Checks every value; raises ValueError in one sentence."""
+        if not _whole(self.size) or self.size < 1:
+            raise ValueError(f"size is {self.size!r}; pass a side in pixels, at least 1.")
+        if self.crop not in get_args(Crop):
+            raise ValueError(f"crop is {self.crop!r}; use one of {', '.join(get_args(Crop))}.")
+        if not _real(self.min_scale) or not 0 < self.min_scale <= 1:
+            raise ValueError(f"min_scale is {self.min_scale!r}; pass a share above 0, at most 1.")
+        if self.policy not in get_args(Policy):
+            raise ValueError(
+                f"policy is {self.policy!r}; use one of {', '.join(get_args(Policy))}."
+            )
+        if not _real(self.brightness) or not 0 <= self.brightness <= 1:
+            raise ValueError(f"brightness is {self.brightness!r}; pass a number from 0 to 1.")
+        if not _real(self.test_ratio) or self.test_ratio < 1:
+            raise ValueError(f"test_ratio is {self.test_ratio!r}; pass a number of at least 1.")
+        for name in ("padding", "cutout"):
+            value = getattr(self, name)
+            if not _whole(value) or value < 0:
+                raise ValueError(f"{name} is {value!r}; pass a number of pixels, at least 0.")
+        for name in ("flip", "antialias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; pass True or False.")
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            if (
+                not isinstance(values, tuple)
+                or len(values) != 3
+                or not all(_real(value) and value > least for value in values)
+            ):
+                raise ValueError(
+                    f"{name} is {values!r}; pass a tuple of three numbers, one per channel"
+                    f"{', each above 0' if name == 'std' else ''}."
+                )
+
+    @classmethod
+    def cifar(cls, size: int = 32, **changes: Any) -> Augmentation:
+        """CIFAR's usual transform: padded crop, flip, brightness 63/255, CIFAR-100's statistics.
+
+        Args:
+            size: Side of the images.
+            **changes: Any other field of `Augmentation`, to replace the preset's.
+
+        Returns:
+            The augmentation.
+
+        Raises:
+            ValueError: If a value is out of its range.
+
+        Example:
+            >>> Augmentation.cifar(flip=False).crop
+            'padded'
+        """
+        preset: dict[str, Any] = {
+            "crop": "padded",
+            "mean": (0.5071, 0.4867, 0.4408),
+            "std": (0.2675, 0.2565, 0.2761),
+        }
+        return cls(size, **{**preset, **changes})
+
+    @classmethod
+    def photos(cls, size: int, **changes: Any) -> Augmentation:
+        """ImageNet's usual transform: resized crop, flip, brightness 63/255, its statistics.
+
+        Args:
+            size: Side of the images.
+            **changes: Any other field of `Augmentation`, to replace the preset's.
+
+        Returns:
+            The augmentation.
+
+        Raises:
+            ValueError: If a value is out of its range.
+
+        Example:
+            >>> Augmentation.photos(96).crop
+            'resized'
+        """
+        return cls(size, **changes)
+
+    def draw(self, sizes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws the crops and flips of a training batch.
+
+        "resized" (Szegedy et al. 2015, as torchvision documents it): a share s of the area,
+        uniform in [min_scale, 1], and an aspect ratio r, log-uniform in [3/4, 4/3], give a box of
+        width round(sqrt(s H W r)) and height round(sqrt(s H W / r)); of ten such draws the first
+        that fits the image is put at a uniform whole position. If none fits, it is the largest
+        box about the middle with the nearest allowed ratio.
+
+        "padded": y0 is uniform over -padding ... H + padding - size, and x0 likewise; an image
+        smaller than that even with its padding is put in the middle.
+
+        Args:
+            sizes: Heights and widths of the images, whole numbers, [B, 2]; on any device.
+            generator: A CPU generator.
+
+        Returns:
+            crops float32 [B, 4] as (y0, x0, y1, x1) in pixels of the image, and flips bool [B], on
+            the device of sizes.
+
+        Raises:
+            ValueError: If sizes is not [B, 2].
+
+        Example:
+            >>> augmentation = Augmentation(2, crop="padded", padding=0, flip=False)
+            >>> augmentation.draw(torch.tensor([[2, 2]]), torch.Generator())
+            (tensor([[0., 0., 2., 2.]]), tensor([False]))
+        """
+        height, width = _checked(sizes)
+        # The number of draws never depends on what was drawn: a batch moves the generator by B.
+        numbers = torch.rand((len(sizes), 3 + 2 * _TRIES), generator=generator, dtype=torch.float64)
+        numbers = numbers.to(sizes.device, non_blocking=True)
+        (luck, down, across), tries = numbers[:, :3].unbind(1), numbers[:, 3:]
+        flips = luck < (0.5 if self.flip else 0.0)
+        if self.crop == "none":
+            return self.whole(sizes), flips
+        if self.crop == "padded":
+            return self._padded(height, width, down, across), flips
+        return self._resized(height, width, down, across, tries), flips
+
+    def _padded(self, height: Tensor, width: Tensor, down: Tensor, across: Tensor) -> Tensor:
+        """Squares of side `size` somewhere in the padded image."""
+
+        def start(length: Tensor, luck: Tensor) -> Tensor:
+            room = length + 2 * self.padding - self.size
+            within = (luck * (room + 1)).floor() - self.padding
+            return torch.where(room < 0, ((length - self.size) / 2).floor(), within)
+
+        side = torch.full_like(height, self.size)
+        return _box(start(height, down), start(width, across), side, side)
+
+    def _resized(
+        self, height: Tensor, width: Tensor, down: Tensor, across: Tensor, tries: Tensor
+    ) -> Tensor:
+        """Random parts of the image; tries [B, 20] are for ten areas and ten ratios."""
+        share = self.min_scale + (1 - self.min_scale) * tries[:, :_TRIES]
+        low, high = math.log(_RATIOS[0]), math.log(_RATIOS[1])
+        ratio = (low + (high - low) * tries[:, _TRIES:]).exp()
+        area = share * (height * width)[:, None]
+        wide, tall = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # [B, 10]
+        fits = (wide >= 1) & (wide <= width[:, None]) & (tall >= 1) & (tall <= height[:, None])
+        first = fits.int().argmax(1, keepdim=True)
+        wide, tall = wide.gather(1, first)[:, 0], tall.gather(1, first)[:, 0]
+        top = (down * (height - tall + 1)).floor()
+        left = (across * (width - wide + 1)).floor()
+
+        widest = torch.minimum(width, (height * _RATIOS[1]).round())
+        tallest = torch.minimum(height, (width / _RATIOS[0]).round())
+        middle = _box(
+            ((height - tallest) / 2).floor(), ((width - widest) / 2).floor(), tallest, widest
+        )
+        return torch.where(fits.any(1)[:, None], _box(top, left, tall, wide), middle)
+
+    def centre(self, sizes: Tensor) -> Tensor:
+        """The crops of a test batch.
+
+        With "resized": the middle square of side min(H, W) / test_ratio, which is what is left of
+        resizing the short side to size * test_ratio and cutting size x size out of the middle.
+        With "padded" and "none": the whole image.
+
+        Args:
+            sizes: Heights and widths of the images, [B, 2]; on any device.
+
+        Returns:
+            float32 [B, 4] as (y0, x0, y1, x1) in pixels of the image, on the device of sizes.
+
+        Raises:
+            ValueError: If sizes is not [B, 2].
+
+        Example:
+            >>> Augmentation(224).centre(torch.tensor([[256, 512]]))
+            tensor([[ 16., 144., 240., 368.]])
+        """
+        if self.crop != "resized":
+            return self.whole(sizes)
+        height, width = _checked(sizes)
+        side = torch.minimum(height, width) / self.test_ratio
+        return _box((height - side) / 2, (width - side) / 2, side, side)
+
+    def whole(self, sizes: Tensor) -> Tensor:
+        """The crops that squeeze whole images to the square, as class activation maps need them.
+
+        Args:
+            sizes: Heights and widths of the images, [B, 2]; on any device.
+
+        Returns:
+            float32 [B, 4]: (0, 0, H, W), on the device of sizes.
+
+        Raises:
+            ValueError: If sizes is not [B, 2].
+
+        Example:
+            >>> Augmentation(224).whole(torch.tensor([[30, 40]]))
+            tensor([[ 0.,  0., 30., 40.]])
+        """
+        height, width = _checked(sizes)
+        zero = torch.zeros_like(height)
+        return _box(zero, zero, height, width)
+
+    def pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Changes a training batch's pixels: AutoAugment, then brightness, then Cutout.
+
+        Args:
+            images: uint8 [B, 3, h, w]; not written to.
+            generator: A CPU generator.
+
+        Returns:
+            uint8 [B, 3, h, w], channels_last.
+
+        Raises:
+            ValueError: If images are not uint8 [B, 3, h, w].
+
+        Example:
+            >>> images = torch.full((1, 3, 4, 4), 200, dtype=torch.uint8)
+            >>> plain = Augmentation(4, brightness=0.0)
+            >>> torch.equal(plain.pixels(images, torch.Generator()), images)
+            True
+        """
+        images = pixel_ops.pixel_rows(images).permute(0, 3, 1, 2)
+        count, _, height, width = images.shape
+        if self.policy != "none":
+            images = autoaugment(images, self.policy, generator)
+        if self.brightness > 0:
+            luck = torch.rand(count, generator=generator, dtype=torch.float64)
+            images = pixel_ops.brightness(images, 1 + self.brightness * (2 * luck - 1))
+        if self.cutout > 0:
+            y = torch.randint(height, (count,), generator=generator)
+            x = torch.randint(width, (count,), generator=generator)
+            images = pixel_ops.cutout(images, y, x, self.cutout)
+        return images
+
+    def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Makes bytes the network's input: (v / 255 - mean) / std for each channel.
+
+        It is one multiply-add, v * (1 / (255 std)) - mean / std, in float32; a smaller dtype is
+        rounded to at the end only.
+
+        Args:
+            images: uint8 [B, 3, h, w].
+            dtype: float32, bfloat16 or float16.
+
+        Returns:
+            dtype [B, 3, h, w], channels_last.
+
+        Raises:
+            ValueError: If images are not uint8 [B, 3, h, w], or dtype is another.
+
+        Example:
+            >>> augmentation = Augmentation(1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+            >>> augmentation.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
+            tensor([-1., -1., -1.])
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {dtype}; use float32, bfloat16 or float16.")
+        rows = pixel_ops.pixel_rows(images)
+        count, height, width, _ = rows.shape
+        affine = [[1 / (255 * std) for std in self.std]]
+        affine.append([-mean / std for mean, std in zip(self.mean, self.std, strict=True)])
+        scale, shift = torch.tensor(affine).to(rows.device, non_blocking=True).unbind(0)
+        # Whole rows of pixels, and in place: on the CPU a new tensor costs more than the sum.
+        values = rows.float().view(count, height, width * 3)
+        torch.addcmul(shift.repeat(width), values, scale.repeat(width), out=values)
+        return values.view_as(rows).to(dtype).permute(0, 3, 1, 2)

@@ -1,0 +1,337 @@
+"""Images as packed uint8 in one buffer: never one Python object per image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcil import ops
+from fastcil.errors import FastcilError
+
+LARGEST_SIDE = 32767
+_ROW_NBYTES = 8 + 16
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """Images of any sizes, one after the other, raw or packed.
+
+    A raw image is its H x W x 3 bytes. A packed one is a box at full resolution and a coarse grid
+    of what lies around it (Luo et al. 2023, Eq. 3, 4); the layout is `fastcil.ops.pack`'s.
+
+    Args:
+        pixels: uint8 [P].
+        offsets: int64 [N], first byte of each image.
+        geometry: int16 [N, 8], rows (H, W, y0, x0, y1, x1, gh, gw).
+
+    Example:
+        >>> store = ImageStore.from_batch(np.zeros((2, 8, 6, 3), dtype=np.uint8))
+        >>> len(store), store.nbytes, store.sizes.tolist()
+        (2, 336, [[8, 6], [8, 6]])
+    """
+
+    pixels: Tensor  # [P]
+    offsets: Tensor  # [N]
+    geometry: Tensor  # [N, 8]
+
+    @classmethod
+    def from_images(cls, images: Iterable[np.ndarray[Any, Any] | Tensor]) -> ImageStore:
+        """A raw store of images of any sizes.
+
+        Args:
+            images: uint8 [H, W, 3] each, RGB.
+
+        Raises:
+            FastcilError: An image of another form; its position is named.
+        """
+        flat: list[Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        for number, image in enumerate(images):
+            tensor = _as_tensor(image, f"images[{number}]")
+            if tensor.ndim != 3 or tensor.shape[2] != 3:
+                raise FastcilError(
+                    f"images[{number}] has shape {tuple(tensor.shape)}; it must be [H, W, 3]."
+                )
+            _check_side(tensor.shape[0], tensor.shape[1], f"images[{number}]")
+            sizes.append((tensor.shape[0], tensor.shape[1]))
+            flat.append(tensor.reshape(-1))
+        pixels = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
+        return cls._raw(pixels, torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2))
+
+    @classmethod
+    def from_batch(cls, images: np.ndarray[Any, Any] | Tensor) -> ImageStore:
+        """A raw store of images of one size; the batch is not copied where it is contiguous.
+
+        Args:
+            images: uint8 [N, H, W, 3], RGB.
+
+        Raises:
+            FastcilError: Another dtype or shape.
+        """
+        tensor = _as_tensor(images, "images")
+        if tensor.ndim != 4 or tensor.shape[3] != 3:
+            raise FastcilError(f"images has shape {tuple(tensor.shape)}; it must be [N, H, W, 3].")
+        _check_side(tensor.shape[1], tensor.shape[2], "images")
+        sizes = torch.tensor(tensor.shape[1:3]).expand(len(tensor), 2)
+        return cls._raw(tensor.reshape(-1), sizes)
+
+    @classmethod
+    def _raw(cls, pixels: Tensor, sizes: Tensor) -> ImageStore:
+        """A store of raw images of these sizes, which fill ``pixels`` in order."""
+        sizes = sizes.to(pixels.device)
+        nbytes = sizes.prod(1) * 3
+        zeros = torch.zeros_like(sizes)
+        geometry = torch.cat([sizes, zeros, sizes, zeros], 1).to(torch.int16)
+        return cls(pixels, nbytes.cumsum(0) - nbytes, geometry)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(t.numel() * t.element_size() for t in self.state().values())
+
+    @property
+    def sizes(self) -> Tensor:
+        """Heights and widths, int64 [N, 2]."""
+        return self.geometry[:, :2].long()
+
+    @property
+    def boxes(self) -> Tensor:
+        """What is kept at full resolution, int16 [N, 4] (y0, x0, y1, x1)."""
+        return self.geometry[:, 2:6]
+
+    def image_nbytes(self) -> Tensor:
+        """Bytes that each image takes: its pixels and its 24 bytes of metadata, int64 [N]."""
+        return ops.packed_nbytes(self.geometry) + _ROW_NBYTES
+
+    def image(self, index: int) -> Tensor:
+        """One image as it is seen, uint8 [H, W, 3]."""
+        height, width = self.sizes[index].tolist()
+        rows = slice(index, index + 1) if index >= 0 else slice(index, index + 1 or None)
+        pixels, _ = ops.reconstruct(self.pixels, self.offsets[rows], self.geometry[rows])
+        return pixels.reshape(height, width, 3)
+
+    def select(self, index: Tensor | Sequence[int]) -> ImageStore:
+        """A compact copy of some images, in the order given.
+
+        Args:
+            index: int64 [M] positions, or bool [N].
+        """
+        index = torch.as_tensor(index, device=self.offsets.device)
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+        geometry = self.geometry[index]
+        nbytes = ops.packed_nbytes(geometry)
+        starts = nbytes.cumsum(0) - nbytes
+        pixels = torch.empty(int(nbytes.sum()), dtype=torch.uint8, device=self.pixels.device)
+        spans = torch.stack([self.offsets[index], starts, nbytes], 1).tolist()
+        # One slice copy per image: an index per byte would take eight times the memory.
+        for source, target, length in spans:
+            pixels[target : target + length] = self.pixels[source : source + length]
+        return ImageStore(pixels, starts, geometry)
+
+    @staticmethod
+    def cat(stores: Sequence[ImageStore]) -> ImageStore:
+        """One store of all images, in order.
+
+        Raises:
+            FastcilError: No store.
+        """
+        if not stores:
+            raise FastcilError("stores is empty; pass at least one ImageStore.")
+        starts = torch.tensor([0] + [s.pixels.numel() for s in stores]).cumsum(0).tolist()
+        return ImageStore(
+            torch.cat([s.pixels for s in stores]),
+            torch.cat([s.offsets + start for s, start in zip(stores, starts[:-1], strict=True)]),
+            torch.cat([s.geometry for s in stores]),
+        )
+
+    def to(self, device: torch.device | str) -> ImageStore:
+        """The same images on another device."""
+        return ImageStore(
+            self.pixels.to(device), self.offsets.to(device), self.geometry.to(device)
+        )
+
+    def compress(self, boxes: Tensor, ratio: float = 4.0) -> ImageStore:
+        """Packs raw images: the box stays, what lies outside is downsampled (`fastcil.ops.pack`).
+
+        Args:
+            boxes: int16 [N, 4], one (y0, x0, y1, x1) per image.
+            ratio: Downsampling ratio eta, in area.
+        """
+        return ImageStore(*ops.pack(self.pixels, self.offsets, self.geometry, boxes, ratio))
+
+    def reconstruct(self) -> ImageStore:
+        """The images as they are seen, in a raw store."""
+        pixels, _ = ops.reconstruct(self.pixels, self.offsets, self.geometry)
+        return ImageStore._raw(pixels, self.sizes)
+
+    def state(self) -> dict[str, Tensor]:
+        """The buffers, by name."""
+        return {"pixels": self.pixels, "offsets": self.offsets, "geometry": self.geometry}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> ImageStore:
+        """The store whose `state` it was."""
+        return cls(state["pixels"], state["offsets"], state["geometry"])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images and their labels.
+
+    Args:
+        images: The store.
+        labels: int64 [N].
+
+    Raises:
+        FastcilError: Not one label per image.
+    """
+
+    images: ImageStore
+    labels: Tensor  # [N]
+
+    def __post_init__(self) -> None:
+        if self.labels.shape != (len(self.images),):
+            raise FastcilError(
+                f"labels has shape {tuple(self.labels.shape)} for {len(self.images)} images; "
+                f"it must be [{len(self.images)}]."
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, index: Tensor | Sequence[int]) -> Examples:
+        """A compact copy of some examples, in the order given."""
+        index = torch.as_tensor(index, device=self.labels.device)
+        index = index if index.dtype == torch.bool else index.long()
+        return Examples(self.images.select(index), self.labels[index])
+
+    @staticmethod
+    def cat(parts: Sequence[Examples]) -> Examples:
+        """All examples in one, in order."""
+        return Examples(
+            ImageStore.cat([part.images for part in parts]),
+            torch.cat([part.labels for part in parts]),
+        )
+
+    def to(self, device: torch.device | str) -> Examples:
+        """The same examples on another device."""
+        return Examples(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training part, a test part, and what the labels mean.
+
+    Args:
+        name: What reports call it.
+        train: Training examples.
+        test: Test examples.
+        class_names: Name of each label.
+        train_boxes: int16 [N, 4], the objects' true boxes in the training images, if known.
+        test_boxes: The same for the test images.
+        skipped: Files that could not be used, each with its reason.
+    """
+
+    name: str
+    train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+    train_boxes: Tensor | None = None
+    test_boxes: Tensor | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def read_images(
+    stores: Sequence[ImageStore],
+    which: Tensor,
+    index: Tensor,
+    size: tuple[int, int],
+    crops: Tensor | None = None,
+    flips: Tensor | None = None,
+    views: Tensor | None = None,
+    antialias: bool = True,
+) -> Tensor:
+    """Reads a batch from several stores: gathered, cut, resized and mirrored in one operation.
+
+    Args:
+        stores: Where the images are, raw or packed.
+        which: int64 [B], the store of each image.
+        index: int64 [B], its position there.
+        size: Height and width of the batch.
+        crops: float32 [B, 4], see `fastcil.ops.read`.
+        flips: bool [B], which to mirror.
+        views: int16 [B, 6], simulated compression, see `view_geometry`.
+        antialias: Whether shrinking filters.
+
+    Returns:
+        uint8 [B, 3, h, w] in channels_last memory.
+
+    Example:
+        >>> store = ImageStore.from_batch(torch.full((2, 8, 8, 3), 7, dtype=torch.uint8))
+        >>> read_images([store], torch.zeros(1, dtype=torch.int64), torch.tensor([1]), (4, 4)).shape
+        torch.Size([1, 3, 4, 4])
+    """
+    starts = torch.tensor([0] + [len(s) for s in stores], device=index.device).cumsum(0)
+    rows = starts[which] + index
+    offsets = torch.cat([s.offsets for s in stores])
+    geometry = torch.cat([s.geometry for s in stores])
+    rows = rows.to(offsets.device)
+    return ops.read(
+        [s.pixels for s in stores],
+        which.to(offsets.device),
+        offsets[rows],
+        geometry[rows],
+        size,
+        crops=None if crops is None else crops.to(offsets.device),
+        flips=None if flips is None else flips.to(offsets.device),
+        views=None if views is None else views.to(offsets.device),
+        antialias=antialias,
+    )
+
+
+def view_geometry(sizes: Tensor, boxes: Tensor, ratio: float = 4.0) -> Tensor:
+    """What makes a raw image read as if it had been packed with a box.
+
+    Args:
+        sizes: int64 [B, 2], heights and widths.
+        boxes: int16 [B, 4], (y0, x0, y1, x1).
+        ratio: Downsampling ratio eta, in area.
+
+    Returns:
+        int16 [B, 6], rows (y0, x0, y1, x1, gh, gw).
+
+    Example:
+        >>> view_geometry(torch.tensor([[9, 8]]), torch.tensor([[1, 2, 3, 4]]))
+        tensor([[1, 2, 3, 4, 4, 4]], dtype=torch.int16)
+    """
+    grid = ops.grids(sizes, ratio)
+    return torch.cat([boxes.to(grid.device, torch.int16), grid.to(torch.int16)], 1)
+
+
+def _as_tensor(image: Any, name: str) -> Tensor:
+    """A uint8 tensor over the same memory where that can be."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise FastcilError(f"{name} is {image.dtype}; it must be uint8, 0 to 255.")
+        image = np.ascontiguousarray(image)
+        return torch.from_numpy(image if image.flags.writeable else image.copy())
+    if not isinstance(image, Tensor):
+        raise FastcilError(f"{name} is a {type(image).__name__}; it must be an array or a tensor.")
+    if image.dtype != torch.uint8:
+        raise FastcilError(f"{name} is {image.dtype}; it must be uint8, 0 to 255.")
+    return image.contiguous()
+
+
+def _check_side(height: int, width: int, name: str) -> None:
+    if not (0 < height <= LARGEST_SIDE and 0 < width <= LARGEST_SIDE):
+        raise FastcilError(
+            f"{name} is {height} x {width}; sides must be between 1 and {LARGEST_SIDE} pixels."
+        )

@@ -1,0 +1,1 @@
+"""Runs experiments: learner, trainer, scenarios, checkpoints, results, reports."""

@@ -1,0 +1,135 @@
+"""Command-line arguments, derived from the same dataclasses as everything else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from fastcil.contract import nearest
+from fastcil.engine.options import config_types, explain, read_yaml
+from fastcil.errors import FastcilError
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What every run takes.
+
+    Args:
+        data: ``scenes``, a folder, ``.tar`` or ``.npz``, ``cifar100``, ``cifar10``.
+        scenario: ``lfs-N``, ``lfh-N`` or ``bA-incB``.
+        memory: ``64MiB``, ``"2000 images"``, ``"20 images/class"``, ``none``, ``unlimited``.
+        codec: How exemplars are stored, if no addon says.
+        seeds: Comma-separated.
+        device: ``auto``, ``cpu``, ``cuda``.
+        run_dir: Where to keep the run.
+    """
+
+    data: str = "scenes"
+    scenario: str = "lfs-5"
+    memory: str = "2000 images"
+    codec: str | None = None
+    seeds: str | int | list[int] = "0"
+    device: str = "auto"
+    run_dir: str | None = None
+
+
+def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The keyword arguments of `fastcil.train` or `fastcil.compare`.
+
+    Options come from ``--config FILE`` (YAML, as ``config.yaml`` of a run directory) and from
+    flags; where both name one, the later on the command line wins.
+
+    Args:
+        command: ``train`` or ``compare``.
+        arguments: What follows it.
+
+    Raises:
+        FastcilError: Anything that can't be used.
+    """
+    which, default = {
+        "train": ("method", "foster+cim"),
+        "compare": ("methods", "foster,foster+cim"),
+    }[command]
+    methods = _methods_in(arguments, which) or default
+    names = [name.strip() for name in methods.split(",")]
+    types = config_types(names)
+    parser = ArgumentParser(prog=f"fastcil {command}", exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
+    parser.add_argument(f"--{which}", type=str, default=default)
+    parser.add_class_arguments(RunArguments)
+    for name, cls in types.items():
+        parser.add_argument(f"--{name}", type=cls, default=cls())
+    parsed = _parse(parser, arguments).as_dict()
+    options: dict[str, Any] = {field.name: parsed[field.name] for field in fields(RunArguments)}
+    options["seeds"] = _seeds(options["seeds"])
+    options[which] = names if command == "compare" else methods
+    return {**options, **{name: parsed[name] for name in types}}
+
+
+def _methods_in(arguments: Sequence[str], which: str) -> str | None:
+    """The methods named on the command line or in its config file.
+
+    The parser that knows all flags can't be built before it is known whose flags they are.
+    """
+    found = None
+    for k, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        value = value or (arguments[k + 1] if k + 1 < len(arguments) else "")
+        if flag == f"--{which}":
+            found = value
+        elif flag == "--config":
+            listed = read_yaml(value).get(which)
+            found = found or (",".join(listed) if isinstance(listed, list) else listed)
+    return found
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parser.parse_args(list(arguments))
+    except FastcilError:
+        raise
+    except Exception as error:
+        raise FastcilError(_complaint(parser, error)) from error
+
+
+def _complaint(parser: ArgumentParser, error: Exception) -> str:
+    """What was wrong with the arguments, with the nearest flag for an unknown one."""
+    text = " ".join(str(error).split())
+    if "nrecognized arguments" not in text:
+        return explain(error)
+    flag = text.partition("arguments:")[2].split()[0]
+    known = [option[2:] for action in parser._actions for option in action.option_strings]
+    hint = nearest(flag.lstrip("-").partition("=")[0], known).partition(" Known:")[0]
+    return f"option '{flag}' is unknown; {hint if hint.startswith('did') else 'see --help.'}"
+
+
+def _seeds(value: str | int | list[int]) -> tuple[int, ...]:
+    try:
+        items = value if isinstance(value, list) else str(value).split(",")
+        return tuple(int(item) for item in items)
+    except ValueError as error:
+        raise FastcilError(
+            f"seeds is '{value}'; give whole numbers with commas between, as in '0,1,2'."
+        ) from error
+
+
+def parse_evaluate(arguments: Sequence[str]) -> dict[str, Any]:
+    """The keyword arguments of `fastcil.engine.assess.assess`."""
+    parser = ArgumentParser(prog="fastcil evaluate", exit_on_error=False)
+    parser.add_argument("learner", type=str, help="a file that Learner.save wrote, or a run")
+    parser.add_argument("--data", type=str, required=True, help="test data")
+    parser.add_argument("--device", type=str, default="auto")
+    return dict(_parse(parser, arguments).as_dict())
+
+
+def parse_report(arguments: Sequence[str]) -> str:
+    """The run directory."""
+    parser = ArgumentParser(prog="fastcil report", exit_on_error=False)
+    parser.add_argument("run_dir", type=str, help="a directory that train or compare wrote")
+    return str(_parse(parser, arguments).run_dir)

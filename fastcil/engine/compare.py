@@ -1,0 +1,226 @@
+"""Several methods, the same data, the same seeds, the same memory: one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from fastcil.contract import parse_composition
+from fastcil.engine.environment import environment
+from fastcil.engine.metrics import mean_interval
+from fastcil.engine.options import (
+    GROUPS,
+    check_keys,
+    config_types,
+    nest,
+    read_yaml,
+)
+from fastcil.engine.result import Result
+from fastcil.engine.run import make_plan, run_plan
+from fastcil.engine.scenario import Scenario
+from fastcil.engine.state import write_atomically
+from fastcil.errors import FastcilError
+from fastcil.memory import Budget
+
+_MEASURES = ("average", "last", "forgetting")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures; intervals are 95 % half-widths, None below three seeds.
+
+    Args:
+        method: The composition.
+        readout: Which of its ways to classify; the first row of a method is its own.
+        seeds: How many seeds.
+        measures: measure -> (mean, half-width).
+        differences: measure -> (mean, half-width) of the paired differences to the first
+            method, seed by seed; empty for the first method itself.
+        exemplars: Exemplars held at the end.
+        nbytes: Bytes that the budget counts, at the end.
+        all_nbytes: The same with curvature and networks beyond the first.
+        seconds: Wall time.
+    """
+
+    method: str
+    readout: str
+    seeds: int
+    measures: dict[str, tuple[float, float | None]]
+    differences: dict[str, tuple[float, float | None]]
+    exemplars: float
+    nbytes: int
+    all_nbytes: int
+    seconds: float
+
+
+class Comparison:
+    """Results of several methods at equal memory.
+
+    Args:
+        results: Method -> result, in the order asked for.
+        run_dir: Where they were saved, or None.
+    """
+
+    def __init__(self, results: Mapping[str, Result], run_dir: Path | None = None) -> None:
+        self.results = dict(results)
+        self.run_dir = run_dir
+
+    def rows(self) -> list[Row]:
+        """One row per method and readout."""
+        base = next(iter(self.results.values()))
+        return [
+            self._row(method, result, readout, base)
+            for method, result in self.results.items()
+            for readout in result.readouts
+        ]
+
+    def _row(self, method: str, result: Result, readout: str, base: Result) -> Row:
+        measures, differences = {}, {}
+        for measure in _MEASURES:
+            own = result.per_seed(measure, readout)
+            measures[measure] = mean_interval(own)
+            if result is not base:
+                theirs = base.per_seed(measure)
+                paired = [a - b for a, b in zip(own, theirs, strict=True)]
+                differences[measure] = mean_interval(paired)
+        last = [outcome.tasks[-1].nbytes for outcome in result.outcomes]
+        return Row(
+            method=method,
+            readout=readout,
+            seeds=len(result.outcomes),
+            measures=measures,
+            differences=differences,
+            exemplars=result.exemplars,
+            nbytes=max(n["budgeted"] for n in last),
+            all_nbytes=max(n["all"] for n in last),
+            seconds=result.seconds,
+        )
+
+    def table(self) -> Table:
+        """The rows as a `rich` table; means with 95 % half-widths where there are three seeds."""
+        base = next(iter(self.results))
+        table = Table(title=f"mean of {self.rows()[0].seeds} seed(s); difference to {base}, paired")
+        table.add_column("method", no_wrap=True)
+        headings = ("average %", "last %", "forgetting", "difference", "exemplars", "bytes")
+        for heading in (*headings, "with networks", "minutes"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self.rows():
+            own = row.readout == self.results[row.method].readouts[0]
+            table.add_row(
+                row.method if own else f"  {row.readout}",
+                *(_figure(*row.measures[measure]) for measure in _MEASURES),
+                _figure(*row.differences["average"], sign=True) if row.differences else "",
+                f"{row.exemplars:,.0f}",
+                f"{row.nbytes:,}",
+                f"{row.all_nbytes:,}",
+                f"{row.seconds / 60:.1f}",
+            )
+        return table
+
+    def save(self, path: Path) -> None:
+        """Writes rows, curves and environment as JSON, atomically."""
+        content = {
+            "environment": environment(),
+            "configs": {method: result.config for method, result in self.results.items()},
+            "rows": [row.__dict__ for row in self.rows()],
+            "curves": {
+                method: {name: np.round(result.curve(name), 3).tolist() for name in result.readouts}
+                for method, result in self.results.items()
+            },
+        }
+        write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def _figure(mean: float, half: float | None, sign: bool = False) -> str:
+    text = f"{mean:+.2f}" if sign else f"{mean:.2f}"
+    return text if half is None else f"{text} ± {half:.2f}"
+
+
+def compare(
+    methods: Sequence[str],
+    data: Any = "scenes",
+    scenario: str | Scenario = "lfs-5",
+    memory: str | Budget = "2000 images",
+    codec: str | None = None,
+    seeds: Sequence[int] = (0,),
+    device: str = "auto",
+    run_dir: str | Path | None = None,
+    preset: str | Path | None = None,
+    *,
+    backbone: Callable[[], torch.nn.Module] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Runs methods x seeds at equal memory; finished runs in ``run_dir`` are read, not repeated.
+
+    Args:
+        methods: Compositions; differences are paired with the first.
+        data: See `fastcil.train`.
+        scenario: See `fastcil.train`.
+        memory: The budget of every method.
+        codec: Codec of the methods whose addons bring none.
+        seeds: Seeds of every method.
+        device: See `fastcil.train`.
+        run_dir: Each method's run goes into a folder of its name there.
+        preset: A YAML file of options.
+        backbone: See `fastcil.train`.
+        **options: Dotted option names; a method's options go to that method only.
+
+    Returns:
+        The `Comparison`.
+
+    Raises:
+        FastcilError: As `fastcil.train`, before the first run begins.
+    """
+    if not methods or len(set(methods)) != len(methods):
+        raise FastcilError(
+            f"methods is {tuple(methods)}; name one or more different methods, as in "
+            f"'foster,foster+cim'."
+        )
+    merged = nest(read_yaml(preset)) if preset is not None else {}
+    for name, value in nest(options).items():
+        old = merged.get(name)
+        merged[name] = {**old, **value} if isinstance(old, dict) else value
+    check_keys(merged, config_types(methods))
+    plans = {}
+    dataset = data
+    for method in methods:
+        name, addons = parse_composition(method)
+        own = {k: v for k, v in merged.items() if k in (*GROUPS, name, *addons)}
+        brings = any(config_brings_codec(addon) for addon in addons)
+        plan = make_plan(
+            method,
+            dataset,
+            scenario,
+            memory,
+            None if brings else codec,
+            seeds,
+            device,
+            backbone,
+            own,
+        )
+        plan.data_name = str(data) if isinstance(data, (str, Path)) else plan.data_name
+        dataset = plan.dataset
+        plans[method] = plan
+    folder = Path(run_dir) if run_dir is not None else None
+    results = {
+        method: run_plan(plan, folder / method if folder else None)
+        for method, plan in plans.items()
+    }
+    comparison = Comparison(results, folder)
+    if folder is not None:
+        comparison.save(folder / "compare.json")
+    return comparison
+
+
+def config_brings_codec(addon: str) -> bool:
+    """Whether an addon stores exemplars its own way."""
+    from fastcil.contract import lookup
+
+    return lookup("addon", addon).brings_codec is not None  # type: ignore[attr-defined]

@@ -1,0 +1,96 @@
+"""What the engine lends to methods and addons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastcil.contract import Look
+from fastcil.data import Augmentation, Examples, read_images
+
+
+class EngineContext:
+    """Makes backbones and reads images outside training, on the run's device.
+
+    Args:
+        backbone: Builds a feature extractor.
+        augmentation: The run's augmentation: its test transform is what `scan` reads with.
+        device: Where networks live.
+        batch_size: Images per step of a scan.
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[[], nn.Module],
+        augmentation: Augmentation,
+        device: torch.device,
+        batch_size: int = 256,
+    ) -> None:
+        self._backbone = backbone
+        self.augmentation = augmentation
+        self.device = device
+        self.batch_size = batch_size
+
+    def make_backbone(self) -> nn.Module:
+        """A new feature extractor, on the run's device, in channels_last memory."""
+        made: nn.Module = self._backbone().to(self.device, memory_format=torch.channels_last)
+        return made
+
+    def scan(
+        self,
+        function: Callable[[Tensor], Tensor],
+        examples: Examples,
+        look: Look = "centre",
+        flip: bool = False,
+    ) -> Tensor:
+        """Applies ``function`` to all images, unaugmented; see `fastcil.contract.Context`."""
+        return self._scan(lambda images, *_: (function(images),), examples, look, flip)[0]
+
+    def scan_labelled(
+        self,
+        function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        examples: Examples,
+        look: Look = "whole",
+    ) -> tuple[Tensor, ...]:
+        """Applies ``function`` to images, labels and sizes; see `fastcil.contract.Context`."""
+        return self._scan(function, examples, look, False)
+
+    @torch.no_grad()
+    def _scan(
+        self,
+        function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        examples: Examples,
+        look: Look,
+        flip: bool,
+    ) -> tuple[Tensor, ...]:
+        sizes = examples.images.sizes.cpu()
+        crop = self.augmentation.whole if look == "whole" else self.augmentation.centre
+        outputs: list[tuple[Tensor, ...]] = []
+        # An empty set still runs once, on no image, so that the outputs have their shapes.
+        for start in range(0, max(len(examples), 1), self.batch_size):
+            index = torch.arange(start, min(start + self.batch_size, len(examples)))
+            pixels = self._read(examples, index, crop(sizes[index]), flip)
+            outputs.append(
+                function(
+                    pixels,
+                    examples.labels[index.to(examples.labels.device)].to(self.device),
+                    sizes[index].to(self.device),
+                )
+            )
+        return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+
+    def _read(self, examples: Examples, index: Tensor, crops: Tensor, flip: bool) -> Tensor:
+        """Normalised images, uncut by chance."""
+        side = self.augmentation.size
+        pixels = read_images(
+            [examples.images],
+            torch.zeros_like(index),
+            index,
+            (side, side),
+            crops=crops,
+            flips=torch.full((len(index),), flip),
+            antialias=self.augmentation.antialias,
+        )
+        return self.augmentation.normalise(pixels.to(self.device))

@@ -1,0 +1,407 @@
+"""What a user keeps: a method, its memory and the names of the classes it knows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcil.contract import Addon, Method, Task, evaluating, lookup
+from fastcil.data import Augmentation, Examples, ImageStore, load_examples
+from fastcil.engine.context import EngineContext
+from fastcil.engine.events import Listener
+from fastcil.engine.options import Settings, make_settings
+from fastcil.engine.resolve import (
+    as_images,
+    make_augmentation,
+    make_backbone_builder,
+    natural_look,
+    pick_device,
+)
+from fastcil.engine.seeds import mix
+from fastcil.engine.state import (
+    load_state,
+    random_state,
+    save_state,
+    set_random_state,
+)
+from fastcil.engine.trainer import Trainer
+from fastcil.errors import FastcilError
+from fastcil.memory import Budget, Memory
+
+FORMAT = 1
+_INIT, _DATA, _SELECT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a Learner says of some images.
+
+    Args:
+        names: Class name of each image.
+        scores: Softmax of the method's own readout, float32 [B, K]; for readouts that are not
+            logits (nearest means) it is a monotone score, not a probability.
+    """
+
+    names: tuple[str, ...]
+    scores: Tensor  # [B, K]
+
+
+class Learner:
+    """Learns new classes as they come and keeps what it may of the old ones.
+
+    Args:
+        method: The composition, as in ``foster+cim``.
+        memory: Budget: ``"64MiB"``, ``"2000 images"``, ``"20 images/class"`` or a `Budget`.
+        codec: How exemplars are stored, if no addon says; default ``raw``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        seed: Seed of weights, shuffles and augmentation.
+        backbone: Builds a feature extractor of the user's own (see `fastcil.nn.Network`).
+        settings: Ready settings, instead of ``method``, ``codec`` and ``options``.
+        **options: Dotted option names -> values, as on the command line.
+
+    Raises:
+        FastcilError: An unknown name, or parts that do not fit together.
+
+    Example:
+        >>> import numpy as np
+        >>> shelf = {"apple": np.zeros((8, 16, 16, 3), np.uint8),
+        ...          "pear": np.full((8, 16, 16, 3), 200, np.uint8)}
+        >>> learner = Learner("finetune", memory="none", **{
+        ...     "engine.epoch_scale": 0.01, "network.width": 4, "engine.progress": False})
+        >>> learner.learn(shelf).class_names
+        ('apple', 'pear')
+        >>> len(learner.predict(shelf["apple"]).names)
+        8
+    """
+
+    def __init__(
+        self,
+        method: str = "foster+cim",
+        memory: str | Budget = "64MiB",
+        *,
+        codec: str | None = None,
+        device: str = "auto",
+        seed: int = 0,
+        backbone: Callable[[], torch.nn.Module] | None = None,
+        settings: Settings | None = None,
+        **options: Any,
+    ) -> None:
+        self.settings = settings or make_settings(method, options, codec)
+        self.budget = memory if isinstance(memory, Budget) else Budget.parse(memory)
+        self.device = pick_device(device)
+        self.seed = seed
+        self.class_names: tuple[str, ...] = ()
+        self.tasks: list[int] = []
+        self._backbone = backbone
+        self._built = False
+        self.augmentation: Augmentation
+        self.context: EngineContext
+        self.method: Method
+        self.addons: list[Addon]
+        self.memory: Memory
+
+    def learn(self, data: Any, *, names: Sequence[str] | None = None) -> Learner:
+        """Adds the classes of ``data``.
+
+        Args:
+            data: A folder or ``.tar`` of ``<class>/...`` images, a dict from class name to
+                images, arrays ``(x, y)``, or anything else `fastcil.data.load_examples` reads.
+            names: Class names for arrays, by label.
+
+        Returns:
+            The learner itself.
+
+        Raises:
+            FastcilError: Data that can't be used, or a class that is known already.
+        """
+        from fastcil.engine.progress import make_progress
+
+        examples, found = load_examples(data, skip_bad=self.settings.groups["load"].skip_bad)
+        found = tuple(names) if names is not None else found
+        task = self.next_task(examples, found)
+        tell = make_progress(self.settings.engine.progress)
+        tell("run", {"method": self.settings.method, "tasks": 1})
+        self.learn_task(task, found, tell)
+        tell("finished", {})
+        self.method.release()
+        return self
+
+    def next_task(self, examples: Examples, names: Sequence[str]) -> Task:
+        """The task that brings classes not known yet, with labels moved behind the known ones."""
+        again = sorted(set(names) & set(self.class_names))
+        if again:
+            raise FastcilError(
+                f"data brings the class '{again[0]}', which is known already; pass new classes only."
+            )
+        known = len(self.class_names)
+        self.prepare(examples.images)
+        return Task(
+            index=len(self.tasks),
+            classes=tuple(range(known, known + len(names))),
+            known=known,
+            examples=Examples(examples.images, examples.labels + known),
+            exemplars=self.memory.examples(),
+            name=f"task {len(self.tasks) + 1}",
+        )
+
+    def learn_task(
+        self,
+        task: Task,
+        names: Sequence[str],
+        tell: Listener,
+        save: Callable[[Trainer], None] | None = None,
+        resume: dict[str, Any] | None = None,
+    ) -> None:
+        """Trains on one task and updates memory; evaluation and `Method.release` are left.
+
+        Args:
+            task: From `next_task`.
+            names: Names of the task's new classes.
+            tell: Hears the trainer's events.
+            save: Called between steps; see `Trainer`.
+            resume: A trainer's state to go on from, this learner having been restored to the
+                same moment; None to begin.
+        """
+        engine = self.settings.engine
+        if engine.threads is not None:
+            torch.set_num_threads(engine.threads)
+        init = self.seed if engine.init_seed is None else engine.init_seed
+        data = self.seed if engine.data_seed is None else engine.data_seed
+        parts = [self.method, *self.addons]
+        if resume is None:
+            # Weight draws depend on the task alone, not on what this process did before.
+            torch.manual_seed(mix(_INIT, init, task.index))
+            for part in parts:
+                part.begin_task(task)
+        self.to_device()
+        trainer = Trainer(
+            self.method,
+            self.augmentation,
+            self.device,
+            (_DATA, data, task.index),
+            tell,
+            precision=engine.precision,
+            compiled=engine.compile,
+            save=save,
+        )
+        stages = self.method.stages(task)
+        for addon in self.addons:
+            stages = addon.stages(task, stages)
+        if resume is not None:
+            set_random_state(resume["random"])
+        trainer.run(stages, resume["trainer"] if resume else None)
+        tell("remember", {"task": task.index})
+        self._remember(task, (_SELECT, data, task.index))
+        done = replace(task, exemplars=self.memory.examples())
+        for part in parts:
+            part.end_task(done)
+        self.class_names += tuple(names)
+        self.tasks.append(len(names))
+
+    def _remember(self, task: Task, key: tuple[int, ...]) -> None:
+        """Chooses exemplars by the method's features, in the form they will be kept."""
+        boxes = None
+        with evaluating(self.method):
+            for addon in self.addons:
+                boxes = addon.boxes(task.examples) if boxes is None else boxes
+            self.memory.update(
+                task,
+                lambda examples: self.context.scan(self.method.embed, examples),
+                boxes=boxes,
+                other_nbytes=self._other_nbytes(),
+                seed=mix(*key),
+            )
+
+    def _other_nbytes(self) -> int:
+        """Bytes that the budget must leave for what is kept beside exemplars."""
+        return sum(
+            entry.nbytes for entry in self.method.retained() if self.budget.counts(entry.kind)
+        )
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held for old tasks, by entry; those the budget counts are under ``budgeted``."""
+        entries = [self.memory.retained(), *self.method.retained()]
+        held = {entry.name: entry.nbytes for entry in entries}
+        budgeted = sum(e.nbytes for e in entries if self.budget.counts(e.kind))
+        return {**held, "budgeted": budgeted, "all": sum(held.values())}
+
+    def predict(self, images: Any) -> Prediction:
+        """Names the class of each image.
+
+        Args:
+            images: uint8 [H, W, 3], [B, H, W, 3], a sequence of such arrays, or an ImageStore.
+
+        Raises:
+            FastcilError: Nothing was learned yet, or images of another form.
+        """
+        if not self.class_names:
+            raise FastcilError("the Learner knows no class yet; call learn(data) first.")
+        store = as_images(images)
+        examples = Examples(store, torch.zeros(len(store), dtype=torch.int64))
+        readout = next(iter(self.method.readouts().values()))
+        with evaluating(self.method):
+            scores = self.context.scan(readout, examples).float()
+        best = scores.argmax(1).tolist()
+        return Prediction(tuple(self.class_names[k] for k in best), scores.softmax(1).cpu())
+
+    def export(self, path: str | os.PathLike[str], format: str = "onnx") -> Path:
+        """Writes the network that `Method.forward` computes, for use without fastcil.
+
+        Args:
+            path: Where to.
+            format: ``onnx`` or ``torch`` (a `torch.export` program, ``.pt2``).
+
+        Returns:
+            The path. Input ``images``: float32 [B, 3, s, s], normalised; output ``logits``
+            [B, K].
+        """
+        from fastcil.engine.export import export_method
+
+        if not self.class_names:
+            raise FastcilError("the Learner knows no class yet; call learn(data) first.")
+        return export_method(self.method, self.augmentation, Path(path), format)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves everything, memory included, in one safetensors file, atomically."""
+        save_state(path, self.state())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        backbone: Callable[[], torch.nn.Module] | None = None,
+    ) -> Learner:
+        """Loads what `save` wrote; nothing in the file is executed.
+
+        Args:
+            path: The file.
+            device: Where to put it.
+            backbone: The user's own backbone, if one was used. A method of the user's own must
+                have been registered (`fastcil.register`).
+
+        Raises:
+            FastcilError: The file is absent, damaged, or of another kind.
+        """
+        return cls.from_state(load_state(path), device=device, backbone=backbone)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `from_state` needs, as nested plain data and tensors."""
+        state: dict[str, Any] = {
+            "format": FORMAT,
+            "settings": self.settings.as_dict(),
+            "budget": str(self.budget),
+            "seed": self.seed,
+            "class_names": list(self.class_names),
+            "tasks": list(self.tasks),
+            "own_backbone": self._backbone is not None,
+            "built": self._built,
+        }
+        if self._built:
+            state |= {
+                "size": self.augmentation.size,
+                "crop": self.augmentation.crop,
+                "memory": self.memory.state(),
+                "parts": [
+                    {"structure": part.structure(), "tensors": part.tensors()}
+                    for part in [self.method, *self.addons]
+                ],
+            }
+        return state
+
+    @classmethod
+    def from_state(
+        cls,
+        state: dict[str, Any],
+        *,
+        device: str = "auto",
+        backbone: Callable[[], torch.nn.Module] | None = None,
+    ) -> Learner:
+        """The learner that `state` describes."""
+        if state.get("format") != FORMAT or "settings" not in state:
+            raise FastcilError(
+                f"the file holds no Learner of format {FORMAT}; load it with the version that "
+                f"saved it."
+            )
+        if state["own_backbone"] and backbone is None:
+            raise FastcilError(
+                "backbone is None, but the Learner was saved with one of your own; pass it again."
+            )
+        plain = dict(state["settings"])
+        settings = make_settings(plain.pop("method"), codec=plain.pop("codec"), options=plain)
+        learner = cls(
+            memory=Budget.parse(state["budget"]),
+            device=device,
+            seed=state["seed"],
+            backbone=backbone,
+            settings=settings,
+        )
+        learner.class_names = tuple(state["class_names"])
+        learner.tasks = list(state["tasks"])
+        if state["built"]:
+            learner._make(state["size"], state["crop"])
+            for part, saved in zip(
+                [learner.method, *learner.addons], state["parts"], strict=True
+            ):
+                part.restore(saved["structure"])
+                part.load_tensors(saved["tensors"])
+            learner.memory.restore(state["memory"])
+            learner.to_device()
+        return learner
+
+    def checkpoint(self, trainer: Trainer) -> dict[str, Any]:
+        """What resuming in the middle of a task needs, the learner's own state included."""
+        return {
+            "learner": self.state(),
+            "trainer": trainer.state(),
+            "random": random_state(),
+        }
+
+    def to_device(self) -> None:
+        """Moves networks to the device; memory stays where the reader wants it."""
+        for part in [self.method, *self.addons]:
+            part.to(self.device, memory_format=torch.channels_last)
+
+    def prepare(self, images: ImageStore) -> None:
+        """Makes method, addons and memory for images of this kind, the first time it is asked."""
+        if not self._built:
+            self._make(*natural_look(images, self.settings.groups["augment"]))
+
+    def _make(self, size: int, crop: str) -> None:
+        method_name, addon_names = self.settings.parts
+        method_class = lookup("method", method_name)
+        self.augmentation = make_augmentation(
+            self.settings.groups["augment"], size, crop, method_class.auto_augment  # type: ignore[attr-defined]
+        )
+        self.context = EngineContext(
+            self._backbone or make_backbone_builder(self.settings.groups["network"], size),
+            self.augmentation,
+            self.device,
+            self.settings.engine.scan_batch,
+        )
+        self.method = method_class(self.settings.config(method_name), self.context)
+        self.addons = [
+            lookup("addon", name)(self.settings.config(name), self.context, self.method)
+            for name in addon_names
+        ]
+        self.memory = Memory(
+            self.budget,
+            codec=self._make_codec(),
+            selection=self.method.selection,
+            keeps=self.method.keeps,
+        )
+        self._built = True
+
+    def _make_codec(self) -> Any:
+        """The addon's codec, the one asked for, or raw."""
+        for addon in self.addons:
+            if addon.brings_codec is not None:
+                return lookup("codec", addon.brings_codec)(**addon.codec_options())
+        return lookup("codec", self.settings.codec or "raw")()

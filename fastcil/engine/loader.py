@@ -1,0 +1,135 @@
+"""Batches of a stage's streams: a pure function of key, epoch and step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcil.contract import Batch, Stream
+from fastcil.data import Augmentation, read_images, view_geometry
+from fastcil.engine.seeds import generator
+
+_ORDER, _PIXELS = 0, 1
+
+
+class Loader:
+    """Reads the batches of a stage.
+
+    Nothing is remembered between batches: every shuffle and every augmentation comes from a
+    generator keyed by (seed, task, stage, stream, epoch, step), so a run resumes anywhere by
+    asking for the next step, and any worker can make any batch.
+
+    Args:
+        streams: What to read; empty ones are left out.
+        augmentation: How images are cut and changed.
+        device: Where the batch is wanted.
+        key: Non-negative numbers that set this stage apart: seed, task, stage.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        augmentation: Augmentation,
+        device: torch.device,
+        key: tuple[int, ...],
+    ) -> None:
+        self._readers = [
+            _StreamReader(stream, augmentation, device, (*key, number))
+            for number, stream in enumerate(streams)
+            if len(stream)
+        ]
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch: the first stream once; a last image alone is left out."""
+        if not self._readers:
+            return 0
+        stream = self._readers[0].stream
+        full, rest = divmod(len(stream), stream.batch_size)
+        # Batch normalisation has no variance to estimate from one image.
+        return full + (rest > 1 or (full == 0 and rest > 0))
+
+    def batches(self, epoch: int, step: int) -> list[Batch]:
+        """One batch per stream for this step."""
+        return [reader.batch(epoch, step) for reader in self._readers]
+
+
+class _StreamReader:
+    """Reads one stream."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        augmentation: Augmentation,
+        device: torch.device,
+        key: tuple[int, ...],
+    ) -> None:
+        self.stream = stream
+        self.augmentation = augmentation
+        self.device = device
+        self.key = key
+        # Empty parts stay: a batch's `part` numbers what the method passed.
+        lengths = torch.tensor([0] + [len(part) for part in stream.parts])
+        self.starts = lengths.cumsum(0)
+        self.stores = [part.images for part in stream.parts]
+        self.labels = torch.cat([part.labels.to(device) for part in stream.parts])
+        self.sizes = torch.cat([store.sizes.cpu() for store in self.stores])
+        self._epoch_order: tuple[tuple[int, int], Tensor] | None = None
+
+    def _order(self, epoch: int, round_: int) -> Tensor:
+        """The shuffle of one pass; kept while it is the current one."""
+        if self._epoch_order is None or self._epoch_order[0] != (epoch, round_):
+            shuffle = torch.randperm(
+                len(self.stream), generator=generator(*self.key, _ORDER, epoch, round_)
+            )
+            if self.stream.subset is not None:
+                shuffle = self.stream.subset.cpu()[shuffle]
+            self._epoch_order = ((epoch, round_), shuffle)
+        return self._epoch_order[1]
+
+    def _positions(self, epoch: int, step: int) -> Tensor:
+        """Positions of this step's images; a short stream starts over with a new shuffle."""
+        length, wanted = len(self.stream), min(self.stream.batch_size, len(self.stream))
+        per_round = -(-length // wanted)
+        round_, within = divmod(step, per_round)
+        return self._order(epoch, round_)[within * wanted : (within + 1) * wanted]
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """The stream's batch of this step."""
+        positions = self._positions(epoch, step)
+        part = torch.bucketize(positions, self.starts[1:], right=True)
+        index = positions - self.starts[part]
+        draws = generator(*self.key, _PIXELS, epoch, step)
+        sizes = self.sizes[positions]
+        crops, flips = self.augmentation.draw(sizes, draws)
+        side = self.augmentation.size
+        pixels = read_images(
+            self.stores,
+            part,
+            index,
+            (side, side),
+            crops=crops,
+            flips=flips,
+            views=self._views(part, index, sizes, draws),
+            antialias=self.augmentation.antialias,
+        )
+        pixels = self.augmentation.pixels(pixels, draws)
+        return Batch(
+            self.augmentation.normalise(pixels.to(self.device, non_blocking=True)),
+            self.labels[positions.to(self.device)],
+            part.to(self.device),
+            index.to(self.device),
+        )
+
+    def _views(
+        self, part: Tensor, index: Tensor, sizes: Tensor, draws: torch.Generator
+    ) -> Tensor | None:
+        """Simulated compression of the images of part 0 that this step's draw picks."""
+        views = self.stream.views
+        if views is None or views.probability <= 0:
+            return None
+        picked = (torch.rand(len(part), generator=draws) < views.probability) & (part == 0)
+        boxes = views.boxes.cpu()[torch.where(part == 0, index, 0)]
+        return view_geometry(sizes, boxes, views.ratio) * picked[:, None].to(torch.int16)

@@ -1,0 +1,101 @@
+"""What follows from the counts of correctly classified test images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def accuracy_matrix(
+    correct: Sequence[Sequence[int]], count: Sequence[Sequence[int]], tasks: Sequence[int]
+) -> Array:
+    """Accuracy in percent on each task's classes, after each task.
+
+    Args:
+        correct: [T][K_t] images of each known class classified correctly after task t.
+        count: [T][K_t] test images of each class.
+        tasks: Classes that each task brought.
+
+    Returns:
+        [T, T]; row t, column j is the accuracy on the classes of task j after task t, NaN for
+        j > t and for a task that brought no new class.
+
+    Example:
+        >>> accuracy_matrix([[8], [4, 9]], [[10], [10, 10]], [1, 1])
+        array([[80., nan],
+               [40., 90.]])
+    """
+    edges = np.concatenate([[0], np.cumsum(tasks)])
+    matrix = np.full((len(correct), len(tasks)), np.nan)
+    for t, (right, total) in enumerate(zip(correct, count, strict=True)):
+        for j in range(t + 1):
+            images = sum(total[edges[j] : edges[j + 1]])
+            if images:
+                matrix[t, j] = 100.0 * sum(right[edges[j] : edges[j + 1]]) / images
+    return matrix
+
+
+def accuracy_curve(correct: Sequence[Sequence[int]], count: Sequence[Sequence[int]]) -> Array:
+    """Accuracy in percent over all test images of all classes known, after each task.
+
+    Example:
+        >>> accuracy_curve([[8], [4, 9]], [[10], [10, 10]])
+        array([80., 65.])
+    """
+    pairs = zip(correct, count, strict=True)
+    return np.array([100.0 * sum(right) / max(1, sum(total)) for right, total in pairs])
+
+
+def forgetting(matrix: Array) -> float:
+    """Mean over earlier tasks of the best past accuracy minus the last (Chaudhry et al. 2018).
+
+    F = 1/(T-1) sum_{j<T} (max_{l<T} a_{l,j} - a_{T,j}), in percentage points (their Eq. 3 for
+    k = T); 0 with a single task.
+
+    Example:
+        >>> forgetting(np.array([[80.0, np.nan], [40.0, 90.0]]))
+        40.0
+    """
+    if len(matrix) < 2:
+        return 0.0
+    past, last = matrix[:-1, : len(matrix) - 1], matrix[-1, : len(matrix) - 1]
+    return float(np.nanmean(np.nanmax(past, axis=0) - last))
+
+
+def backward_transfer(matrix: Array) -> float:
+    """Mean over earlier tasks of a_{T,j} - a_{j,j} (Lopez-Paz and Ranzato 2017, Eq. 3).
+
+    In percentage points, averaged over the T - 1 earlier tasks; 0 with a single task.
+
+    Example:
+        >>> backward_transfer(np.array([[80.0, np.nan], [40.0, 90.0]]))
+        -40.0
+    """
+    if len(matrix) < 2:
+        return 0.0
+    steps = len(matrix) - 1
+    return float(np.nanmean(matrix[-1, :steps] - np.diag(matrix)[:steps]))
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
+    """Mean and half-width of its confidence interval over seeds.
+
+    Student's t with n - 1 degrees of freedom; None below three values, where the interval would
+    say more about n than about the method.
+
+    Example:
+        >>> mean, half = mean_interval([70.0, 72.0, 74.0])
+        >>> mean, round(half, 2)
+        (72.0, 4.97)
+    """
+    mean = float(np.mean(values))
+    if len(values) < 3:
+        return mean, None
+    from scipy import stats
+
+    spread = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return mean, float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * spread

@@ -1,0 +1,343 @@
+"""Every setting of a run, as dataclasses; the command line, YAML and Python share them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastcil.contract import (
+    lookup,
+    nearest,
+    parse_composition,
+    replace_batch_size,
+    scale_epochs,
+)
+from fastcil.errors import CompositionError, FastcilError
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The feature extractor.
+
+    Args:
+        name: ``resnet18``, ``resnet20``, ``resnet32``; ``auto`` is resnet32 up to 40 pixels, as
+            the literature does on CIFAR, and resnet18 above.
+        width: Channels of the first stage; None for the network's own.
+        stem: ``imagenet``, ``cifar``, ``small``; None chooses by image size.
+    """
+
+    name: str = "auto"
+    width: int | None = None
+    stem: Literal["imagenet", "cifar", "small"] | None = None
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """How training images are cut and changed; None or ``auto`` follows data and method.
+
+    Args:
+        size: Side of the square the network sees; None is the images' own up to 64 pixels when
+            they are all alike, else 224.
+        crop: ``padded`` (own size, zero margin) or ``resized`` (RandomResizedCrop).
+        min_scale: Smallest share of the area that ``resized`` keeps.
+        padding: Margin of ``padded``.
+        flip: Whether to mirror half of the images.
+        brightness: Brightness jitter, +- this share.
+        policy: AutoAugment policy (Cubuk et al. 2019); ``auto`` where the method's published
+            recipe has it.
+        cutout: Side of Cutout's square, 0 for none; None follows the method's published recipe.
+        antialias: Whether shrinking filters.
+    """
+
+    size: int | None = None
+    crop: Literal["padded", "resized", "none"] | None = None
+    min_scale: float = 0.08
+    padding: int = 4
+    flip: bool = True
+    brightness: float = 63 / 255
+    policy: Literal["auto", "none", "cifar", "imagenet"] = "auto"
+    cutout: int | None = None
+    antialias: bool = True
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a run computes, none of which is part of a method.
+
+    Args:
+        precision: ``fp32``, or autocast to ``bf16`` or ``fp16``.
+        compile: Whether to compile objectives with `torch.compile`.
+        epoch_scale: Multiplies every length counted in epochs; 0.1 for a run a tenth as long.
+        batch_size: Replaces every recipe's batch size; None leaves them.
+        scan_batch: Images per step of evaluation, selection and box making.
+        checkpoint_seconds: Least time between two checkpoints within a task; 0 for every step.
+        order_seed: Seed of the class order; None keeps the data set's.
+        init_seed: Seed of weights; None is the run's seed.
+        data_seed: Seed of shuffles and augmentation; None is the run's seed.
+        threads: CPU threads; None leaves torch's choice.
+        tensorboard: Whether to write TensorBoard events (an extra).
+        progress: Whether to show progress.
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    epoch_scale: float = 1.0
+    batch_size: int | None = None
+    scan_batch: int = 256
+    checkpoint_seconds: float = 60.0
+    order_seed: int | None = 1993
+    init_seed: int | None = None
+    data_seed: int | None = None
+    threads: int | None = None
+    tensorboard: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.epoch_scale > 0:
+            raise FastcilError(
+                f"engine.epoch_scale is {self.epoch_scale}; it must be a positive number."
+            )
+        for name in ("batch_size", "scan_batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FastcilError(f"engine.{name} is {value}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How data are read.
+
+    Args:
+        skip_bad: Skip, count and list images that can't be used, instead of stopping.
+        download: Fetch CIFAR's archives if they are not there.
+    """
+
+    skip_bad: bool = False
+    download: bool = False
+
+
+GROUPS: dict[str, type] = {
+    "network": NetworkOptions,
+    "augment": AugmentOptions,
+    "engine": EngineOptions,
+    "load": LoadOptions,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one method's runs.
+
+    Args:
+        method: The composition, as in ``foster+cim``.
+        groups: Option group or part of the composition -> its dataclass.
+        codec: Name of the memory's codec, or None for the addon's, else ``raw``.
+    """
+
+    method: str
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    codec: str | None = None
+
+    @property
+    def parts(self) -> tuple[str, tuple[str, ...]]:
+        """The method's name and its addons'."""
+        return parse_composition(self.method)
+
+    @property
+    def engine(self) -> EngineOptions:
+        """The engine's options."""
+        options: EngineOptions = self.groups["engine"]
+        return options
+
+    def config(self, part: str) -> Any:
+        """The Config of the method or of an addon, with this run's epochs and batch size."""
+        config = scale_epochs(self.groups[part], self.engine.epoch_scale)
+        return replace_batch_size(config, self.engine.batch_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, as YAML holds them."""
+        plain = {name: _plain(dataclasses.asdict(group)) for name, group in self.groups.items()}
+        return {"method": self.method, "codec": self.codec, **plain}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all through."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def config_types(methods: Iterable[str]) -> dict[str, type]:
+    """The option groups that these compositions know: the engine's and each part's Config."""
+    types = dict(GROUPS)
+    for text in methods:
+        method, addons = parse_composition(text)
+        types[method] = lookup("method", method).Config  # type: ignore[attr-defined]
+        types.update(
+            {name: lookup("addon", name).Config for name in addons}  # type: ignore[attr-defined]
+        )
+    return types
+
+
+def known_keys(types: Mapping[str, type]) -> list[str]:
+    """Every dotted name that ``types`` knows, groups' own names included."""
+    keys: list[str] = []
+    for name, cls in types.items():
+        keys.append(name)
+        hints = _field_classes(cls)
+        keys += known_keys({f"{name}.{key}": sub for key, sub in hints.items()})
+        keys += [
+            f"{name}.{f.name}" for f in dataclasses.fields(cls) if f.name not in hints
+        ]
+    return keys
+
+
+def _field_classes(cls: type) -> dict[str, type]:
+    """Fields of a Config that are Configs themselves."""
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    return {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(cls)
+        if dataclasses.is_dataclass(hints[f.name])
+    }
+
+
+def nest(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as nested dicts.
+
+    Example:
+        >>> nest({"cim.threshold": 0.7, "cim": {"ratio": 9.0}})
+        {'cim': {'threshold': 0.7, 'ratio': 9.0}}
+    """
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        *path, leaf = name.split(".")
+        place = nested
+        for key in path:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise FastcilError(f"option '{name}' lies under '{key}', which has a value already.")
+        if isinstance(value, Mapping) and isinstance(place.get(leaf), dict):
+            place[leaf].update(nest(value))
+        else:
+            place[leaf] = nest(value) if isinstance(value, Mapping) else value
+    return nested
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def check_keys(options: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Refuses option names that nothing knows.
+
+    Raises:
+        FastcilError: Names the option and the nearest known one.
+    """
+    known = known_keys(types)
+    for name in _flat(options):
+        if name not in known:
+            leaf = name.rpartition(".")[2]
+            near = nearest(name, known).split(" Known:")[0]
+            if near.startswith("Known"):
+                same = [k for k in known if k.rpartition(".")[2] == leaf]
+                near = f"did you mean '{same[0]}'?" if same else "see 'fastcil methods NAME'."
+            raise FastcilError(f"option '{name}' is unknown; {near}")
+
+
+def make_settings(
+    method: str, options: Mapping[str, Any] | None = None, codec: str | None = None
+) -> Settings:
+    """Checks options and fills in the defaults.
+
+    Args:
+        method: The composition.
+        options: Dotted or nested names -> values.
+        codec: Name of the memory's codec.
+
+    Raises:
+        FastcilError: An unknown name, or a value of the wrong type or range.
+        CompositionError: A codec beside an addon that brings its own.
+    """
+    types = config_types([method])
+    nested = nest(options or {})
+    check_keys(nested, types)
+    codec = check_codec(method, codec)
+    return Settings(method, build_groups(nested, types), codec)
+
+
+def build_groups(nested: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
+    """Dataclasses from plain values, converted and checked by jsonargparse."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    for name, cls in types.items():
+        parser.add_argument(f"--{name}", type=cls, default=cls())
+    try:
+        parsed = parser.parse_object({k: dict(v) for k, v in nested.items()})
+        made = parser.instantiate(parsed)
+    except FastcilError:
+        raise
+    except Exception as error:
+        raise FastcilError(explain(error)) from error
+    return {name: made[name] for name in types}
+
+
+def explain(error: Exception) -> str:
+    """jsonargparse's complaint, as a sentence of ours where its form is known."""
+    text = " ".join(str(error).split())
+    found = re.search(r'key "([^"]+)": (?:Expected|expected) an? (.+?)\. Got value: (.*)$', text)
+    if found is None:
+        return f"an option has a value that won't do: {text}"
+    name, wanted, value = found.groups()
+    wanted = re.sub(r"<class '([^']+)'>|typing\.", lambda m: m[1] or "", wanted)
+    return f"option '{name}' is {value!r}; it must be {wanted}."
+
+
+def check_codec(method: str, codec: str | None) -> str | None:
+    """Refuses an unknown codec, or one beside an addon that brings its own."""
+    if codec is None:
+        return None
+    lookup("codec", codec)
+    for name in parse_composition(method)[1]:
+        brings = lookup("addon", name).brings_codec  # type: ignore[attr-defined]
+        if brings is not None:
+            raise CompositionError(
+                f"codec is '{codec}', but '{name}' in '{method}' stores exemplars its own way "
+                f"('{brings}'); leave codec out, or use the method without '{name}'."
+            )
+    return codec
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        FastcilError: No such file, or not a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastcilError(f"config is '{path}', which can't be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise FastcilError(f"config '{path}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise FastcilError(f"config '{path}' holds no options; write 'name: value' lines.")
+    return loaded

@@ -1,0 +1,108 @@
+"""From options and data to the things a run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastcil.data import Augmentation, ImageStore
+from fastcil.engine.options import AugmentOptions, NetworkOptions
+from fastcil.errors import FastcilError
+from fastcil.nn import build_backbone
+
+_SMALL = 64
+_CIFAR = 40
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        FastcilError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FastcilError(
+            f"device is '{name}', which is not to be had here; use 'auto' or 'cpu'."
+        ) from error
+    return device
+
+
+def natural_look(images: ImageStore, options: AugmentOptions) -> tuple[int, str]:
+    """Side and way of cropping that suit the images, where the options leave them open."""
+    sizes = images.sizes.cpu()
+    alike = bool((sizes == sizes[0]).all()) and int(sizes[0, 0]) == int(sizes[0, 1])
+    side = int(sizes[0, 0])
+    small = alike and side <= _SMALL
+    size = options.size if options.size is not None else (side if small else 224)
+    crop = options.crop or ("padded" if small and size == side else "resized")
+    if crop == "padded" and not (alike and side == size):
+        raise FastcilError(
+            f"augment.crop is 'padded', which needs all images to be {size} x {size}; "
+            f"use 'resized'."
+        )
+    return size, crop
+
+
+def make_augmentation(
+    options: AugmentOptions, size: int, crop: str, published_policy: bool
+) -> Augmentation:
+    """The augmentation of a run; ``published_policy`` is whether the method's recipe has one."""
+    cifar = size <= _CIFAR
+    policy = options.policy
+    if policy == "auto":
+        policy = ("cifar" if cifar else "imagenet") if published_policy else "none"
+    cutout = options.cutout
+    if cutout is None:
+        cutout = 16 if published_policy and cifar and policy != "none" else 0
+    make = Augmentation.cifar if cifar else Augmentation.photos
+    return make(
+        size=size,
+        crop=crop,
+        min_scale=options.min_scale,
+        padding=options.padding,
+        flip=options.flip,
+        brightness=options.brightness,
+        policy=policy,
+        cutout=cutout,
+        antialias=options.antialias,
+    )
+
+
+def make_backbone_builder(options: NetworkOptions, size: int) -> Callable[[], nn.Module]:
+    """Builds the network that the options name, for images of this side."""
+    name = options.name
+    if name == "auto":
+        name = "resnet32" if size <= _CIFAR else "resnet18"
+
+    def build() -> nn.Module:
+        return build_backbone(name, width=options.width, stem=options.stem, image_size=size)
+
+    return build
+
+
+def as_images(images: Any) -> ImageStore:
+    """A store of one image, of a batch, or of a sequence of images of any sizes.
+
+    Raises:
+        FastcilError: Not uint8 RGB images.
+    """
+    if isinstance(images, ImageStore):
+        return images
+    if isinstance(images, (np.ndarray, Tensor)):
+        if images.ndim == 3:
+            return ImageStore.from_images([images])
+        return ImageStore.from_batch(images)
+    if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
+        return ImageStore.from_images(images)
+    raise FastcilError(
+        f"images is a {type(images).__name__}; pass uint8 arrays [H, W, 3] or [B, H, W, 3]."
+    )

@@ -1,0 +1,241 @@
+"""What a run found out: saved as JSON, reloadable, plottable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastcil.engine import metrics
+from fastcil.engine.learner import Learner
+from fastcil.engine.state import write_atomically
+from fastcil.errors import FastcilError
+
+Array = NDArray[np.float64]
+
+
+@dataclass
+class TaskOutcome:
+    """What was measured after one task.
+
+    Args:
+        classes: New classes that the task brought.
+        correct: readout -> {"top1", "top5", "count"} -> one number per known class.
+        exemplars: Exemplars kept of each known class.
+        nbytes: Entry -> bytes held, with the sums "budgeted" and "all".
+        limit: What the budget allows, in its unit; None for no limit.
+        units: Exemplars held in the papers' image units.
+        seconds: Wall time of the task, training to evaluation.
+        records: What method and addons left for the report, `fastcil.contract.Record` as dicts.
+    """
+
+    classes: int
+    correct: dict[str, dict[str, list[int]]]
+    exemplars: list[int]
+    nbytes: dict[str, int]
+    limit: float | None
+    units: float
+    seconds: float
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class SeedOutcome:
+    """One seed's run."""
+
+    seed: int
+    tasks: list[TaskOutcome] = field(default_factory=list)
+
+    @property
+    def readouts(self) -> list[str]:
+        """Names of the ways to classify; the method's own first."""
+        return list(self.tasks[-1].correct)
+
+    def _columns(self, readout: str | None, top: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Correct and total counts per task; a readout that a task lacks is its own first one."""
+        name = readout or self.readouts[0]
+        rows = [task.correct.get(name) or next(iter(task.correct.values())) for task in self.tasks]
+        return [row[f"top{top}"] for row in rows], [row["count"] for row in rows]
+
+    def accuracy_matrix(self, readout: str | None = None, top: int = 1) -> Array:
+        """Accuracy in percent [T, T]: row t after task t, column j on task j's classes."""
+        correct, count = self._columns(readout, top)
+        return metrics.accuracy_matrix(correct, count, [task.classes for task in self.tasks])
+
+    def curve(self, readout: str | None = None, top: int = 1) -> Array:
+        """Accuracy in percent on all known classes after each task, [T]."""
+        return metrics.accuracy_curve(*self._columns(readout, top))
+
+
+class Result:
+    """The outcome of `fastcil.train`: one or more seeds of one method.
+
+    Accuracies are percentages, means over seeds; ``average_accuracy`` includes the first task
+    ("phase 0"), as the literature's does.
+
+    Args:
+        config: All settings, as saved in ``config.yaml``.
+        environment: Device, versions, commit.
+        outcomes: One per seed.
+        run_dir: Where the run was saved, or None.
+        learner: Hands over the first seed's Learner.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        environment: dict[str, Any],
+        outcomes: list[SeedOutcome],
+        run_dir: Path | None = None,
+        learner: Callable[[], Learner] | None = None,
+    ) -> None:
+        self.config = config
+        self.environment = environment
+        self.outcomes = outcomes
+        self.run_dir = run_dir
+        self._learner = learner
+
+    @property
+    def learner(self) -> Learner:
+        """The trained Learner of the first seed, with its memory."""
+        if self._learner is None:
+            raise FastcilError("the result holds no learner; train with a run_dir to keep one.")
+        return self._learner()
+
+    @property
+    def readouts(self) -> list[str]:
+        """Names of the ways to classify; the method's own first."""
+        return self.outcomes[0].readouts
+
+    @property
+    def accuracy_matrix(self) -> Array:
+        """Accuracy in percent [T, T]: row t after task t, column j on task j's classes."""
+        return self.matrix()
+
+    def matrix(self, readout: str | None = None, top: int = 1) -> Array:
+        """`accuracy_matrix` of another readout, or top-5."""
+        return np.mean([o.accuracy_matrix(readout, top) for o in self.outcomes], axis=0)
+
+    def curve(self, readout: str | None = None, top: int = 1) -> Array:
+        """Accuracy on all known classes after each task, [T]."""
+        return np.mean([o.curve(readout, top) for o in self.outcomes], axis=0)
+
+    def per_seed(self, measure: str, readout: str | None = None) -> list[float]:
+        """A measure of each seed.
+
+        Args:
+            measure: ``average``, ``last``, ``average_top5``, ``last_top5``, ``forgetting`` or
+                ``bwt``.
+            readout: Which way to classify; None for the method's own.
+        """
+        top = 5 if measure.endswith("top5") else 1
+        compute: dict[str, Callable[[SeedOutcome], float]] = {
+            "average": lambda o: float(o.curve(readout, top).mean()),
+            "last": lambda o: float(o.curve(readout, top)[-1]),
+            "forgetting": lambda o: metrics.forgetting(o.accuracy_matrix(readout)),
+            "bwt": lambda o: metrics.backward_transfer(o.accuracy_matrix(readout)),
+        }
+        return [compute[measure.removesuffix("_top5")](o) for o in self.outcomes]
+
+    @property
+    def average_accuracy(self) -> float:
+        """Mean over tasks, the first included, of the accuracy on all known classes."""
+        return float(np.mean(self.per_seed("average")))
+
+    @property
+    def last_accuracy(self) -> float:
+        """Accuracy on all classes after the last task."""
+        return float(np.mean(self.per_seed("last")))
+
+    @property
+    def forgetting(self) -> float:
+        """See `fastcil.engine.metrics.forgetting`."""
+        return float(np.mean(self.per_seed("forgetting")))
+
+    @property
+    def bwt(self) -> float:
+        """See `fastcil.engine.metrics.backward_transfer`."""
+        return float(np.mean(self.per_seed("bwt")))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that counted towards the budget after the last task; the largest seed's."""
+        return max(outcome.tasks[-1].nbytes["budgeted"] for outcome in self.outcomes)
+
+    @property
+    def exemplars(self) -> float:
+        """Exemplars held after the last task, mean over seeds."""
+        return float(np.mean([sum(outcome.tasks[-1].exemplars) for outcome in self.outcomes]))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all tasks, mean over seeds."""
+        return float(np.mean([sum(t.seconds for t in o.tasks) for o in self.outcomes]))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the result as JSON, atomically."""
+        content = {
+            "config": self.config,
+            "environment": self.environment,
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "summary": self.summary(),
+        }
+        write_atomically(Path(path), json.dumps(content, indent=1).encode())
+
+    def summary(self) -> dict[str, Any]:
+        """The headline figures, for people who read the JSON."""
+        return {
+            "method": self.config["method"],
+            "seeds": [outcome.seed for outcome in self.outcomes],
+            "average_accuracy": round(self.average_accuracy, 3),
+            "last_accuracy": round(self.last_accuracy, 3),
+            "forgetting": round(self.forgetting, 3),
+            "bwt": round(self.bwt, 3),
+            "curve": [round(float(a), 3) for a in self.curve()],
+            "exemplars": self.exemplars,
+            "nbytes": self.nbytes,
+            "seconds": round(self.seconds, 1),
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Loads a result from its file or from its run directory.
+
+        Raises:
+            FastcilError: No result there, or a damaged one.
+        """
+        path = Path(path)
+        file = path / "result.json" if path.is_dir() else path
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            outcomes = [
+                SeedOutcome(o["seed"], [TaskOutcome(**t) for t in o["tasks"]])
+                for o in content["outcomes"]
+            ]
+            config, environment = content["config"], content["environment"]
+        except OSError as error:
+            raise FastcilError(
+                f"path is '{path}', where no result.json can be read; pass a finished run."
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise FastcilError(f"'{file}' is no result of fastcil's: {error}.") from error
+        saved = file.parent / f"seed-{outcomes[0].seed}" / "learner.safetensors"
+        return cls(
+            config,
+            environment,
+            outcomes,
+            file.parent,
+            (lambda: Learner.load(saved)) if saved.is_file() else None,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Result({self.config['method']}: average {self.average_accuracy:.2f} %, "
+            f"last {self.last_accuracy:.2f} %, {self.exemplars:.0f} exemplars, "
+            f"{self.nbytes:,} bytes)"
+        )

@@ -1,0 +1,400 @@
+"""A Learner driven through a Scenario and measured, from any point where it was stopped."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from fastcil.contract import Task
+from fastcil.data import Dataset, Examples, load
+from fastcil.engine.environment import environment
+from fastcil.engine.evaluate import count_correct
+from fastcil.engine.events import JsonLines, Listener, TensorBoard, broadcast
+from fastcil.engine.learner import Learner
+from fastcil.engine.options import Settings, make_settings, nest, read_yaml
+from fastcil.engine.progress import make_progress
+from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
+from fastcil.engine.scenario import Scenario, make_scenario, pick
+from fastcil.engine.state import load_state, save_state, write_atomically
+from fastcil.engine.trainer import Trainer
+from fastcil.errors import FastcilError
+from fastcil.memory import Budget
+
+# Options that change how a run is watched, not what it computes.
+_FREE = ("progress", "tensorboard", "checkpoint_seconds", "threads", "scan_batch")
+CHECKPOINT, LEARNER, RESULT = "checkpoint.safetensors", "learner.safetensors", "result.json"
+
+
+@dataclass
+class Plan:
+    """Everything that decides what a run computes."""
+
+    settings: Settings
+    dataset: Dataset
+    scenario: Scenario
+    budget: Budget
+    seeds: tuple[int, ...]
+    device: str
+    data_name: str
+    backbone: Callable[[], torch.nn.Module] | None = None
+
+    def config(self) -> dict[str, Any]:
+        """As `config.yaml` holds it."""
+        return {
+            "method": self.settings.method,
+            "data": self.data_name,
+            "scenario": self.scenario.name,
+            "memory": str(self.budget),
+            "codec": self.settings.codec,
+            "seeds": list(self.seeds),
+            "device": self.device,
+            **{k: v for k, v in self.settings.as_dict().items() if k not in ("method", "codec")},
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What an unfinished run must share to be gone on with."""
+        config = self.config()
+        config["engine"] = {k: v for k, v in config["engine"].items() if k not in _FREE}
+        config.pop("seeds")
+        config["images"] = fingerprint(self.dataset)
+        return config
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A checksum that tells whether two data sets are the same: sizes, labels, sampled pixels."""
+    value = zlib.crc32("\0".join(dataset.class_names).encode())
+    for part in (dataset.train, dataset.test):
+        pixels = part.images.pixels
+        sample = pixels[:: max(1, len(pixels) // (1 << 20))]
+        for tensor in (part.images.geometry, part.labels, sample):
+            value = zlib.crc32(np.ascontiguousarray(tensor.cpu().numpy()).tobytes(), value)
+    return f"{len(dataset.train)}+{len(dataset.test)} images, crc32 {value:08x}"
+
+
+def make_plan(
+    method: str,
+    data: Any,
+    scenario: str | Scenario,
+    memory: str | Budget,
+    codec: str | None,
+    seeds: Sequence[int],
+    device: str,
+    backbone: Callable[[], torch.nn.Module] | None,
+    options: Mapping[str, Any],
+) -> Plan:
+    """Checks every argument, and reads the data, before anything is written."""
+    settings = make_settings(method, options, codec)
+    budget = memory if isinstance(memory, Budget) else Budget.parse(memory)
+    if not seeds or len(set(seeds)) != len(seeds) or any(s < 0 for s in seeds):
+        raise FastcilError(
+            f"seeds is {tuple(seeds)}; give one or more different whole numbers from 0 on."
+        )
+    groups = settings.groups
+    dataset = load(data, skip_bad=groups["load"].skip_bad, download=groups["load"].download)
+    return Plan(
+        settings,
+        dataset,
+        make_scenario(scenario, dataset, settings.engine.order_seed),
+        budget,
+        tuple(seeds),
+        device,
+        str(data) if isinstance(data, (str, Path)) else dataset.name,
+        backbone,
+    )
+
+
+def train(
+    method: str,
+    data: Any = "scenes",
+    scenario: str | Scenario = "lfs-5",
+    memory: str | Budget = "2000 images",
+    codec: str | None = None,
+    seeds: Sequence[int] = (0,),
+    device: str = "auto",
+    run_dir: str | Path | None = None,
+    preset: str | Path | None = None,
+    *,
+    backbone: Callable[[], torch.nn.Module] | None = None,
+    **options: Any,
+) -> Result:
+    """Runs a class-incremental learning experiment.
+
+    Args:
+        method: The composition, as in ``foster+cim``; `fastcil methods` lists what there is.
+        data: ``scenes`` (drawn by fastcil), a folder or ``.tar`` of ``train/<class>/...`` and
+            ``test/<class>/...``, an ``.npz``, ``cifar100``, arrays, torch datasets or a
+            `Dataset`; relative names are also looked for in ``FASTCIL_DATA``.
+        scenario: ``lfs-N``, ``lfh-N``, ``bA-incB`` or a `Scenario`.
+        memory: ``"64MiB"``, ``"2000 images"``, ``"20 images/class"`` or a `Budget`.
+        codec: How exemplars are stored, if no addon says.
+        seeds: One run each; figures are means over them.
+        device: ``auto``, ``cpu``, ``cuda``.
+        run_dir: Where to keep config, log, checkpoints, result and report. A run that was
+            stopped there goes on, to the same bits; a finished one is read.
+        preset: A YAML file of options; what is passed here wins over it.
+        backbone: Builds a feature extractor of the user's own.
+        **options: Dotted option names -> values, as on the command line:
+            ``**{"cim.threshold": 0.7}``.
+
+    Returns:
+        The `Result`; its ``learner`` is the first seed's.
+
+    Raises:
+        FastcilError: Anything that can't be used, in one sentence, before anything is written.
+
+    Example:
+        >>> result = train("er", data="scenes:classes=4,size=32,train_per_class=8,test_per_class=4",
+        ...                scenario="lfs-2", memory="8 images",
+        ...                **{"engine.epoch_scale": 0.01, "network.width": 4,
+        ...                   "network.name": "resnet20", "engine.progress": False})
+        >>> result.accuracy_matrix.shape
+        (2, 2)
+    """
+    merged = nest(read_yaml(preset)) if preset is not None else {}
+    for name, value in nest(options).items():
+        merged[name] = {**merged[name], **value} if isinstance(value, dict) and isinstance(
+            merged.get(name), dict
+        ) else value
+    plan = make_plan(method, data, scenario, memory, codec, seeds, device, backbone, merged)
+    folder = Path(run_dir) if run_dir is not None else None
+    return run_plan(plan, folder)
+
+
+def run_plan(plan: Plan, folder: Path | None) -> Result:
+    """Runs, or goes on with, or reads what a plan describes."""
+    if folder is not None:
+        _claim(folder, plan)
+    learners: list[Learner] = []
+    outcomes = []
+    for seed in plan.seeds:
+        runner = SeedRun(plan, seed, folder / f"seed-{seed}" if folder else None)
+        outcomes.append(runner.run())
+        if folder is None and not learners and runner.learner is not None:
+            learners.append(runner.learner)
+    if folder is None:
+        return Result(plan.config(), environment(), outcomes, None, lambda: learners[0])
+    saved = folder / f"seed-{plan.seeds[0]}" / LEARNER
+    result = Result(
+        plan.config(),
+        environment(),
+        outcomes,
+        folder,
+        lambda: Learner.load(saved, device=plan.device, backbone=plan.backbone),
+    )
+    result.save(folder / RESULT)
+    return result
+
+
+def _claim(folder: Path, plan: Plan) -> None:
+    """Makes the run directory, or checks that what lies there is the same run.
+
+    Raises:
+        FastcilError: It holds a run of another config; the differences are named.
+    """
+    identity = folder / "identity.yaml"
+    now = yaml.safe_load(yaml.safe_dump(plan.identity()))
+    if identity.is_file():
+        before = yaml.safe_load(identity.read_text(encoding="utf-8"))
+        differences = _differences(before, now)
+        if differences:
+            raise FastcilError(
+                f"run_dir is '{folder}', which holds a run of another config "
+                f"({'; '.join(differences)}); use another directory, or the same options."
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise FastcilError(
+            f"run_dir is '{folder}', which is not empty and holds no run; use an empty one."
+        )
+    else:
+        write_atomically(identity, yaml.safe_dump(now, sort_keys=False).encode())
+    write_atomically(
+        folder / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False).encode()
+    )
+    write_atomically(
+        folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode()
+    )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Options whose values differ: ``name: old, now new``."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in [*before, *(k for k in now if k not in before)]
+            for line in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if before == now else [f"{name} was {before}, now {now}"]
+
+
+class SeedRun:
+    """One seed's run: tasks, evaluation, checkpoints.
+
+    Args:
+        plan: What to run.
+        seed: Which seed.
+        folder: Where to keep it, or None.
+    """
+
+    def __init__(self, plan: Plan, seed: int, folder: Path | None) -> None:
+        self.plan = plan
+        self.seed = seed
+        self.folder = folder
+        self.learner: Learner | None = None
+        self.outcome = SeedOutcome(seed)
+        self._saved_at = time.monotonic()
+        self._task_began = 0.0
+
+    def run(self) -> SeedOutcome:
+        """Runs what is left to run and hands over everything measured."""
+        if self.folder is not None and (self.folder / RESULT).is_file():
+            return Result.load(self.folder).outcomes[0]
+        tell = self._listener()
+        tell("run", {"method": self.plan.settings.method, "seed": self.seed})
+        resume = self._restore(tell)
+        arrivals = self.plan.scenario.arrivals
+        try:
+            for number in range(len(self.outcome.tasks), len(arrivals)):
+                tell("task", {"task": number, "tasks": len(arrivals), "seed": self.seed})
+                self._run_task(number, tell, resume)
+                resume = None
+        finally:
+            tell("finished", {"seed": self.seed})
+        self._finish()
+        return self.outcome
+
+    def _listener(self) -> Listener:
+        engine = self.plan.settings.engine
+        listeners: list[Listener] = [make_progress(engine.progress)]
+        if self.folder is not None:
+            listeners.append(JsonLines(self.folder / "events.jsonl"))
+            if engine.tensorboard:
+                listeners.append(TensorBoard(self.folder / "tensorboard"))
+        return broadcast(listeners)
+
+    def _restore(self, tell: Listener) -> dict[str, Any] | None:
+        """The learner where it was stopped, or a new one; returns what a task under way needs."""
+        file = self.folder / CHECKPOINT if self.folder is not None else None
+        if file is None or not file.is_file():
+            plan = self.plan
+            self.learner = Learner(
+                memory=plan.budget,
+                device=plan.device,
+                seed=self.seed,
+                backbone=plan.backbone,
+                settings=plan.settings,
+            )
+            return None
+        state = load_state(file)
+        self.learner = Learner.from_state(
+            state["learner"], device=self.plan.device, backbone=self.plan.backbone
+        )
+        # Options that may change between two sittings are this sitting's.
+        self.learner.settings = self.plan.settings
+        self.outcome = SeedOutcome(self.seed, [TaskOutcome(**t) for t in state["tasks"]])
+        tell("resumed", {"task": len(self.outcome.tasks), "path": str(file)})
+        return state if "trainer" in state else None
+
+    def _run_task(self, number: int, tell: Listener, resume: dict[str, Any] | None) -> None:
+        assert self.learner is not None
+        spent = resume["seconds"] if resume else 0.0
+        self._task_began = time.monotonic() - spent
+        task, names = self._task(number)
+        self.learner.learn_task(task, names, tell, self._save_between_steps, resume)
+        outcome = self._measure(len(names))
+        self.outcome.tasks.append(outcome)
+        tell("evaluated", self._headline(number, outcome))
+        self.learner.method.release()
+        self._save(self.learner.state(), {})
+
+    def _task(self, number: int) -> tuple[Task, list[str]]:
+        """The task, with labels in learning order, and the names of its new classes."""
+        assert self.learner is not None
+        plan, learner = self.plan, self.learner
+        arrival, order = plan.scenario.arrivals[number], plan.scenario.order
+        examples = pick(plan.dataset.train, arrival, order)
+        learner.prepare(examples.images)
+        place = {label: k for k, label in enumerate(order)}
+        known = len(learner.class_names)
+        classes = sorted(place[c] for c in arrival.classes)
+        task = Task(
+            index=number,
+            classes=tuple(classes),
+            known=known,
+            examples=examples,
+            exemplars=learner.memory.examples(),
+            name=f"task {number + 1}",
+        )
+        return task, [plan.dataset.class_names[order[k]] for k in task.new_classes]
+
+    def _measure(self, classes: int) -> TaskOutcome:
+        assert self.learner is not None
+        learner, plan = self.learner, self.plan
+        order = plan.scenario.order[: len(learner.class_names)]
+        test = pick_known(plan.dataset.test, order)
+        correct = count_correct(learner.method, learner.context, test, len(order))
+        limit = plan.budget.limit(len(order))
+        return TaskOutcome(
+            classes=classes,
+            correct=correct,
+            exemplars=learner.memory.counts(len(order)),
+            nbytes=learner.nbytes(),
+            limit=None if limit == float("inf") else limit,
+            units=learner.memory.units,
+            seconds=round(time.monotonic() - self._task_began, 3),
+            records=[
+                asdict(r) for part in [learner.method, *learner.addons] for r in part.records()
+            ],
+        )
+
+    def _headline(self, number: int, outcome: TaskOutcome) -> dict[str, Any]:
+        accuracy = {
+            name: round(100.0 * sum(c["top1"]) / max(1, sum(c["count"])), 3)
+            for name, c in outcome.correct.items()
+        }
+        return {
+            "task": number,
+            "accuracy": accuracy,
+            "classes": len(outcome.exemplars),
+            "exemplars": sum(outcome.exemplars),
+            "nbytes": outcome.nbytes["budgeted"],
+            "seconds": outcome.seconds,
+        }
+
+    def _save_between_steps(self, trainer: Trainer) -> None:
+        due = self.plan.settings.engine.checkpoint_seconds
+        if self.folder is None or time.monotonic() - self._saved_at < due:
+            return
+        assert self.learner is not None
+        state = self.learner.checkpoint(trainer)
+        seconds = time.monotonic() - self._task_began
+        self._save(state.pop("learner"), {**state, "seconds": seconds})
+
+    def _save(self, learner: dict[str, Any], more: dict[str, Any]) -> None:
+        """One file holds everything, so that a kill leaves this checkpoint or the one before."""
+        if self.folder is not None:
+            tasks = [asdict(task) for task in self.outcome.tasks]
+            save_state(self.folder / CHECKPOINT, {"learner": learner, "tasks": tasks, **more})
+            self._saved_at = time.monotonic()
+
+    def _finish(self) -> None:
+        """The finished run's files; the result is written last, since it says it is finished."""
+        if self.folder is None or self.learner is None:
+            return
+        self.learner.save(self.folder / LEARNER)
+        Result(self.plan.config(), environment(), [self.outcome]).save(self.folder / RESULT)
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def pick_known(test: Examples, order: Sequence[int]) -> Examples:
+    """Test images of the classes in ``order``, with labels in learning order."""
+    from fastcil.engine.scenario import Arrival
+
+    return pick(test, Arrival(tuple(order)), order)

@@ -1,0 +1,246 @@
+"""Runs stages; nothing else trains anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcil.contract import Losses, Method, Stage
+from fastcil.data import Augmentation
+from fastcil.engine.events import Listener
+from fastcil.engine.loader import Loader
+from fastcil.errors import FastcilError
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Cursor:
+    """How far the training of a task has come: what has been done, not what is under way.
+
+    Args:
+        stage: Stages finished.
+        epoch: Epochs of the current stage finished.
+        step: Steps of the current epoch finished, its companions' steps included.
+        begun: Whether the current stage's ``begin`` was called.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    begun: bool = False
+
+
+class _Lane:
+    """A stage under way: its data, its optimiser, its share of an epoch."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        key: tuple[int, ...],
+        augmentation: Augmentation,
+        device: torch.device,
+        scaled: bool,
+    ) -> None:
+        self.stage = stage
+        self.parameters = list(stage.parameters())
+        if not self.parameters:
+            raise FastcilError(f"stage '{stage.name}' trains no parameter; name at least one.")
+        self.loader = Loader(stage.streams, augmentation, device, key)
+        self.optimizer = stage.recipe.make_optimizer(self.parameters)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.steps = stage.steps if stage.steps else self.loader.steps
+        self.sums: dict[str, Tensor] = {}
+        self.done = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate in force."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def start_epoch(self, epoch: int) -> None:
+        """Sets the epoch's learning rate and forgets the last one's losses."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.stage.recipe.lr_at(epoch)
+        self.sums, self.done = {}, 0
+
+    def train_only_own(self) -> None:
+        """Makes this stage's parameters the only ones that collect gradients."""
+        for parameter in self.stage.method.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+    def update(self, loss: Tensor) -> None:
+        """Back-propagates, clips and steps the optimiser (the `Stepper` a stage sees)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self.stage.recipe.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.stage.recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def add(self, losses: Losses) -> None:
+        """Sums losses on the device: reading them would wait for it."""
+        self.done += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def mean_losses(self) -> dict[str, float]:
+        """The epoch's mean losses; waits for the device, once."""
+        if not self.sums:
+            return {}
+        values = (torch.stack(list(self.sums.values())) / self.done).tolist()
+        return {name: round(value, 6) for name, value in zip(self.sums, values, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts the optimiser back where it was."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class Trainer:
+    """Trains one task's stages, from any point of them.
+
+    Args:
+        method: Put in training mode as each stage begins.
+        augmentation: How training images are cut and changed.
+        device: Where batches go.
+        key: Non-negative numbers that set this task's draws apart: data seed, task.
+        tell: Hears ``stage``, ``epoch`` and ``step`` events.
+        precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` (with loss scaling).
+        compiled: Whether objectives are compiled; each stage compiles its own, so a head that
+            grew is a new graph, not a failed guard.
+        save: Called between steps with this trainer; decides for itself whether it is time.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        augmentation: Augmentation,
+        device: torch.device,
+        key: tuple[int, ...],
+        tell: Listener,
+        precision: str = "fp32",
+        compiled: bool = False,
+        save: Callable[[Trainer], None] | None = None,
+    ) -> None:
+        self.method = method
+        self.augmentation = augmentation
+        self.device = device
+        self.key = key
+        self.tell = tell
+        self.precision = precision
+        self.compiled = compiled
+        self.save = save
+        self.cursor = Cursor()
+        self._lanes: list[_Lane] = []
+
+    def state(self) -> dict[str, Any]:
+        """Where training stands, for a checkpoint taken between two steps."""
+        return {"cursor": asdict(self.cursor), "lanes": [lane.state() for lane in self._lanes]}
+
+    def run(self, stages: Sequence[Stage], resume: dict[str, Any] | None = None) -> None:
+        """Runs the stages in order.
+
+        Args:
+            stages: What to train.
+            resume: A `state` taken while the same stages ran; the method, the addons and torch's
+                generators must have been put back to that moment too.
+        """
+        if resume is not None:
+            self.cursor = Cursor(**resume["cursor"])
+        for number in range(self.cursor.stage, len(stages)):
+            self._run_stage(stages[number], number, resume)
+            resume = None
+            self.cursor = Cursor(stage=number + 1)
+        self._lanes = []
+
+    def _run_stage(self, stage: Stage, number: int, resume: dict[str, Any] | None) -> None:
+        if not self.cursor.begun:
+            self.method.train()
+            if stage.begin is not None:
+                stage.begin()
+        elif resume is not None:
+            self.method.train()
+        scaled = self.precision == "fp16"
+        self._lanes = [
+            _Lane(part, (*self.key, number, place), self.augmentation, self.device, scaled)
+            for place, part in enumerate([stage, *stage.companions])
+        ]
+        if resume is not None and self.cursor.begun:
+            for lane, state in zip(self._lanes, resume["lanes"], strict=True):
+                lane.restore(state)
+        self.cursor.begun = True
+        if self.compiled:
+            # A stage's code is compiled once per task; the limit on recompiles is per code object.
+            torch.compiler.reset()
+            stage.compiled = torch.compile(stage.objective)
+        main = self._lanes[0]
+        self.tell(
+            "stage",
+            {"stage": stage.name, "epochs": stage.recipe.epochs, "steps": main.steps},
+        )
+        for epoch in range(self.cursor.epoch, stage.recipe.epochs):
+            self._run_epoch(stage, epoch)
+            self.cursor.epoch, self.cursor.step = epoch + 1, 0
+        if stage.finish is not None:
+            stage.finish()
+
+    def _run_epoch(self, stage: Stage, epoch: int) -> None:
+        started = time.perf_counter()
+        if self.cursor.step == 0:
+            for call in stage.before_epoch:
+                call(epoch)
+        images, passed = 0, 0
+        for lane in self._lanes:
+            lane.start_epoch(epoch)
+            first = min(max(self.cursor.step - passed, 0), lane.steps)
+            if first < lane.steps:
+                lane.train_only_own()
+            for step in range(first, lane.steps):
+                images += self._run_step(lane, epoch, step)
+            passed += lane.steps
+        seconds = time.perf_counter() - started
+        self.tell(
+            "epoch",
+            {
+                "stage": stage.name,
+                "epoch": epoch,
+                "epochs": stage.recipe.epochs,
+                "losses": self._lanes[0].mean_losses(),
+                "companions": {
+                    lane.stage.name: lane.mean_losses() for lane in self._lanes[1:]
+                },
+                "lr": self._lanes[0].lr,
+                "seconds": round(seconds, 4),
+                "rate": round(images / max(seconds, 1e-9), 1),
+            },
+        )
+
+    def _run_step(self, lane: _Lane, epoch: int, step: int) -> int:
+        """One step of one lane; returns how many images it saw."""
+        batches = lane.loader.batches(epoch, step)
+        with self._autocast():
+            lane.add(lane.stage.step(batches, lane))
+        self.cursor.step += 1
+        self.tell("step", {"stage": lane.stage.name, "epoch": epoch, "step": step})
+        if self.save is not None:
+            self.save(self)
+        return sum(len(batch) for batch in batches)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = PRECISIONS[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)

@@ -1,0 +1,16 @@
+"""What is kept between tasks: exemplars, how many of them, which, and in what form."""
+
+from fastcil.memory.budget import Budget
+from fastcil.memory.codecs import Codec, make_codec
+from fastcil.memory.memory import Memory
+from fastcil.memory.selection import SELECTIONS, herding, random_order
+
+__all__ = [
+    "SELECTIONS",
+    "Budget",
+    "Codec",
+    "Memory",
+    "herding",
+    "make_codec",
+    "random_order",
+]

@@ -1,0 +1,323 @@
+"""The exemplar memory: what is kept of every class between tasks, within a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastcil.contract import Retained, Task, nearest
+from fastcil.data import Examples, ImageStore
+from fastcil.errors import FastcilError
+from fastcil.memory.budget import Budget
+from fastcil.memory.codecs import Codec, make_codec
+from fastcil.memory.selection import SELECTIONS
+
+Keeps = Literal["exemplars", "everything", "nothing"]
+Embed = Callable[[Examples], Tensor]
+"""Examples -> features [N, D], by which exemplars are selected."""
+
+# Costs in images are sums of fractions, good to about 1e-12; bytes are whole numbers.
+_SLACK = 1e-9
+
+
+class Memory:
+    """Exemplars of every class learned, encoded, selected and reduced to fit a budget.
+
+    They are grouped by class, ascending, and within a class stand in the order of selection, so
+    that keeping fewer of a class means keeping a prefix (Rebuffi et al. 2017, Alg. 5). Selection
+    looks at the images as they will be remembered: encoded and decoded.
+
+    Args:
+        budget: A `Budget`, or the text that `Budget.parse` reads.
+        codec: A `Codec`, or the name of one that needs no settings.
+        selection: ``herding`` or ``random``.
+        keeps: ``exemplars``; ``everything`` to keep all images raw whatever the budget (joint
+            training); ``nothing``.
+
+    Raises:
+        FastcilError: An unknown name, or a budget that is none.
+
+    Example:
+        >>> store = ImageStore.from_batch(torch.zeros(6, 8, 8, 3, dtype=torch.uint8))
+        >>> new = Examples(store, torch.tensor([0, 1, 0, 1, 0, 1]))
+        >>> task = Task(index=0, classes=(0, 1), known=0, examples=new, exemplars=new.select([]))
+        >>> memory = Memory("4 images")
+        >>> memory.update(task, embed=lambda examples: torch.ones(len(examples), 2))
+        >>> memory.counts(2), memory.nbytes  # 4 * (8 * 8 * 3 + 28)
+        ([2, 2], 880)
+    """
+
+    def __init__(
+        self,
+        budget: Budget | str | int,
+        codec: Codec | str = "raw",
+        selection: str = "herding",
+        keeps: Keeps = "exemplars",
+    ) -> None:
+        if selection not in SELECTIONS:
+            raise FastcilError(
+                f"selection is '{selection}', which is unknown; {nearest(selection, SELECTIONS)}"
+            )
+        if keeps not in get_args(Keeps):
+            raise FastcilError(
+                f"keeps is '{keeps}', which is unknown; {nearest(keeps, get_args(Keeps))}"
+            )
+        self.budget = Budget.parse(budget)
+        if keeps == "everything":
+            codec = "raw"
+        self.codec = make_codec(codec) if isinstance(codec, str) else codec
+        self.selection = selection
+        self.keeps = keeps
+        self._images = _no_images(torch.device("cpu"))
+        self._labels = torch.empty(0, dtype=torch.int32)
+        self._warned = False
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self._labels.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers held."""
+        return self.retained().nbytes
+
+    @property
+    def units(self) -> float:
+        """Cost of what is held in the papers' images (Luo et al. 2023, Eq. 4)."""
+        return float(self.codec.units(self._images).sum())
+
+    def counts(self, classes: int) -> list[int]:
+        """Exemplars held of each of the first ``classes`` classes."""
+        held: list[int] = torch.bincount(self._labels, minlength=classes)[:classes].tolist()
+        return held
+
+    def examples(self) -> Examples:
+        """The exemplars, decoded as far as reading needs it; labels int64."""
+        return Examples(self.codec.decode(self._images), self._labels.long())
+
+    def retained(self) -> Retained:
+        """The entry that counts towards the budget."""
+        return Retained("exemplars", "exemplars", self.state())
+
+    def state(self) -> dict[str, Tensor]:
+        """Every buffer held, by name; `restore` takes it back."""
+        return {**self._images.state(), "labels": self._labels}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Holds what another memory's `state` held, on this one's device.
+
+        Raises:
+            FastcilError: A buffer is missing, or there is one too many.
+        """
+        if state.keys() != self.state().keys():
+            odd = ", ".join(sorted(state.keys() ^ self.state().keys()))
+            raise FastcilError(f"the saved memory does not fit: {odd} missing or not known.")
+        images = {name: value for name, value in state.items() if name != "labels"}
+        device = self.device
+        self._images = ImageStore.from_state(images).to(device)
+        self._labels = state["labels"].to(device, torch.int32)
+
+    def to(self, device: torch.device | str) -> Memory:
+        """Moves the buffers; returns itself."""
+        self._images = self._images.to(device)
+        self._labels = self._labels.to(device)
+        return self
+
+    def checksum(self) -> str:
+        """SHA-256 over all buffers: equal on every rank, and after a resume.
+
+        Example:
+            >>> Memory("none").checksum() == Memory("unlimited", codec="bbox").checksum()
+            True
+        """
+        digest = hashlib.sha256()
+        for name, buffer in sorted(self.state().items()):
+            digest.update(f"{name} {buffer.dtype} {list(buffer.shape)};".encode())
+            flat = buffer.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def update(
+        self,
+        task: Task,
+        embed: Embed,
+        boxes: Tensor | None = None,
+        *,
+        other_nbytes: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Makes room for a task's classes and keeps exemplars of them.
+
+        Every class known may cost the budget's quota. An old class keeps its longest prefix that
+        costs no more. Of a class in ``task`` all images are encoded and put in the order of
+        selection, and picks are kept up to the first that would exceed the quota, even if a later
+        one would fit (as in CIM, Luo et al. 2023). A class that was known before and comes again
+        is selected anew from its exemplars and the new images.
+
+        Args:
+            task: The new data, and how many classes are known.
+            embed: Gives features; asked class by class, and not at all for ``random``.
+            boxes: int16 [N, 4], the box of each new image, for a codec that wants them.
+            other_nbytes: Bytes of everything else that counts towards a budget in bytes.
+            seed: Of the draws of ``random``; give each task its own.
+
+        Raises:
+            FastcilError: ``other_nbytes`` alone exceeds the budget; the codec lacks boxes;
+                features that are not finite or not one row per image. Memory is then unchanged.
+
+        Warns:
+            UserWarning: Once, if the quota holds no exemplar at all of some class.
+        """
+        if self.keeps == "everything":
+            self._keep_all(task)
+            return
+        self._check_others(task.total, other_nbytes)
+        if self.keeps == "nothing" or self.budget.amount == 0:
+            self._hold([])
+            return
+        if boxes is not None and len(boxes) != len(task.examples):
+            raise FastcilError(
+                f"boxes has {len(boxes)} rows for {len(task.examples)} new images; pass one each."
+            )
+        quota = self.budget.quota(task.total, other_nbytes)
+        generator = torch.Generator().manual_seed(seed)
+        kept: list[ImageStore] = []
+        turned_away: list[float] = []
+        for label in range(task.total):
+            candidates = self._held(label)
+            if label in task.classes:
+                candidates = self._candidates(label, task.examples, boxes, candidates)
+                order = self._order(candidates, label, embed, quota, generator)
+            else:
+                order = torch.arange(len(candidates))
+            cost = self._cost(candidates).cpu()[order]
+            running = cost.cumsum(0)
+            prefix = order[: int((running <= quota + _SLACK).sum())]
+            if len(order) and not len(prefix):
+                turned_away.append(float(cost[0]))
+            kept.append(candidates.select(prefix.to(candidates.pixels.device)).to(self.device))
+        self._check_fit(kept, task.total, other_nbytes)
+        self._hold(kept)
+        if turned_away:
+            self._warn(turned_away, quota, task.total, other_nbytes)
+
+    def _held(self, label: int) -> ImageStore:
+        """The exemplars of one class."""
+        return self._images.select((self._labels == label).nonzero().flatten())
+
+    def _candidates(
+        self, label: int, examples: Examples, boxes: Tensor | None, held: ImageStore
+    ) -> ImageStore:
+        """What may be kept of a class: its exemplars, then its new images, encoded."""
+        chosen = (examples.labels == label).nonzero().flatten()
+        images = examples.images.select(chosen)
+        mine = None if boxes is None else boxes[chosen.to(boxes.device)]
+        encoded = self.codec.encode(images, mine)
+        return ImageStore.cat([held.to(encoded.pixels.device), encoded]) if len(held) else encoded
+
+    def _order(
+        self,
+        candidates: ImageStore,
+        label: int,
+        embed: Embed,
+        quota: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """As many picks as could fit, and one more, int64 on the CPU."""
+        count = len(candidates)
+        limit = count
+        if count and not math.isinf(quota):
+            cheapest = float(self._cost(candidates).amin())
+            limit = min(count, int((quota + _SLACK) / cheapest) + 1)
+
+        def features() -> Tensor:
+            images = self.codec.decode(candidates)
+            labels = torch.full((count,), label, device=images.pixels.device)
+            rows = embed(Examples(images, labels))
+            if len(rows) != count:
+                raise FastcilError(f"embed gave {len(rows)} rows of features for {count} images.")
+            return rows
+
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64)
+        return SELECTIONS[self.selection](count, features, limit, generator).cpu()
+
+    def _cost(self, images: ImageStore) -> Tensor:
+        """What each image costs in the budget's unit, float64 [N]."""
+        if self.budget.unit == "images":
+            return self.codec.units(images).double()
+        return self.codec.nbytes(images).double()
+
+    def _hold(self, kept: list[ImageStore]) -> None:
+        """Replaces what is held by one store per class, in the order of labels."""
+        lengths = torch.tensor([len(images) for images in kept], dtype=torch.int64)
+        labels = torch.repeat_interleave(torch.arange(len(kept), dtype=torch.int32), lengths)
+        full = [images for images in kept if len(images)]
+        device = self.device
+        self._images = ImageStore.cat(full) if full else _no_images(device)
+        self._labels = labels.to(device)
+
+    def _keep_all(self, task: Task) -> None:
+        """Adds all new images as they are."""
+        kept = []
+        for label in range(task.total):
+            chosen = (task.examples.labels == label).nonzero().flatten()
+            new = task.examples.images.select(chosen).to(self.device)
+            kept.append(ImageStore.cat([self._held(label), new]))
+        self._hold(kept)
+
+    def _check_others(self, classes: int, other_nbytes: int) -> None:
+        """Refuses a budget that cannot even hold what is not exemplars."""
+        if self.budget.unit == "bytes" and other_nbytes > self.budget.limit(classes):
+            least = self.budget.smallest(0, classes, other_nbytes)
+            raise FastcilError(
+                f"memory is '{self.budget}', but the method keeps {other_nbytes} bytes beside "
+                f"exemplars; pass at least '{least}'."
+            )
+
+    def _check_fit(self, kept: list[ImageStore], classes: int, other_nbytes: int) -> None:
+        """Holds the promise of the budget, whatever a codec says its exemplars cost."""
+        in_bytes = self.budget.unit == "bytes"
+        if in_bytes:
+            labels = 4 * sum(len(images) for images in kept)
+            total = float(sum(images.nbytes for images in kept) + labels + other_nbytes)
+        else:
+            total = sum(float(self._cost(images).sum()) for images in kept)
+        limit = self.budget.limit(classes)
+        if total > limit + (0 if in_bytes else _SLACK * max(1, classes)):
+            raise FastcilError(
+                f"internal error: memory would hold {total:.12g} {self.budget.unit}, more than "
+                f"its budget '{self.budget}'; codec '{self.codec.name}' counts less than it keeps."
+            )
+
+    def _warn(self, costs: list[float], quota: float, classes: int, other_nbytes: int) -> None:
+        """Says once that some classes have no exemplar, and what budget would hold one each."""
+        if self._warned:
+            return
+        self._warned = True
+        least = self.budget.smallest(max(costs), classes, other_nbytes)
+        warnings.warn(
+            f"memory is '{self.budget}', which leaves {quota:.0f} {self.budget.unit} for each of "
+            f"{classes} classes, too little for one exemplar of {len(costs)} of them; '{least}' "
+            f"would hold one of each.",
+            stacklevel=3,
+        )
+
+
+def _no_images(device: torch.device) -> ImageStore:
+    """A store of nothing."""
+    return ImageStore(
+        torch.empty(0, dtype=torch.uint8, device=device),
+        torch.empty(0, dtype=torch.int64, device=device),
+        torch.empty(0, 8, dtype=torch.int16, device=device),
+    )

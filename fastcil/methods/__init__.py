@@ -1,0 +1,1 @@
+"""Methods: one file per learner, its frozen Config in it."""

@@ -1,0 +1,182 @@
+"""iCaRL: distillation through sigmoids, classification by the nearest mean of exemplars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastcil.contract import Batch, Context, Losses, Method, Recipe, Stage, Stream, Task, evaluating
+from fastcil.nn import Network, distillation
+from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
+from fastcil.nn.nearest_mean import class_means, nearest_mean_scores
+
+_CIFAR = Recipe(
+    epochs=70, lr=2.0, schedule="step", milestones=(49, 63), gamma=0.2, weight_decay=2e-5
+)
+_IMAGENET = Recipe(
+    epochs=60, lr=2.0, schedule="step", milestones=(20, 30, 40, 50), gamma=0.2, weight_decay=1e-5
+)
+_PYCIL_FIRST = Recipe(
+    epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4
+)
+_PYCIL_LATER = Recipe(epochs=170, lr=0.1, schedule="step", milestones=(80, 120), weight_decay=2e-4)
+
+
+class ICaRL(Method):
+    """Incremental classifier and representation learning (Rebuffi et al. 2017).
+
+    ``loss="sigmoid"`` is the paper's (Alg. 3): with g = sigmoid(z) [B, K] and q the previous
+    network's outputs on the same images,
+
+        L = -1/(B S) sum over images and classes y of  t_y log g_y + (1 - t_y) log(1 - g_y) ,
+        t_y = q_y for old classes and [y = label] for the task's own.
+
+    The paper writes a sum over classes; its code takes the mean over the batch and all outputs of
+    a head that has those of every class to come from the start, with target 0 until it comes.
+    Here the head grows, and the terms of classes unseen are absent; but S is still that number of
+    outputs, ``outputs`` (or K, if more are known), for the published learning rate belongs to it:
+    with the mean over the first few classes alone it is too large to train.
+
+    ``loss="softmax"`` is PyCIL's (Zhou et al. 2023):
+
+        L = CE(z, label) + KD(z[:, :known], previous z; T) .
+
+    Its own readout is ``nme``, the nearest mean of exemplars (Alg. 1, Eq. 2); ``linear`` is the
+    head's. A class of which memory holds no exemplar cannot be nearest: it scores -inf. Without
+    any exemplar there is only ``linear``. What is exported is the first readout.
+
+    Example:
+        >>> ICaRL.Config().loss, ICaRL.PRESETS["pycil"].loss
+        ('sigmoid', 'softmax')
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """Settings of iCaRL; the recipe belongs to the loss.
+
+        The default is the paper's loss with its CIFAR recipe (70 epochs, learning rate 2, divided
+        by 5 after epochs 49 and 63; its weight decay of 1e-5 multiplies the sum of squares without
+        the half, hence 2e-5 here). ``ICaRL.PRESETS["pycil"]`` is the softmax loss with the recipe
+        that goes with it, by which most published comparisons are made; ``PRESETS["imagenet"]``
+        the paper's for ImageNet.
+
+        Args:
+            first: Recipe of the first task.
+            later: Recipe of every later task.
+            loss: ``sigmoid`` (paper) or ``softmax`` (PyCIL).
+            outputs: S of the sigmoid loss, as long as fewer classes are known; 100 in the
+                released code for CIFAR-100 and ImageNet-100.
+            temperature: T of the softmax form's distillation.
+            flip_means: Whether mirrored exemplars count in the class means, as in the released
+                CIFAR code; the paper and the ImageNet code do without.
+        """
+
+        first: Recipe = _CIFAR
+        later: Recipe = _CIFAR
+        loss: Literal["sigmoid", "softmax"] = "sigmoid"
+        outputs: int = 100
+        temperature: float = 2.0
+        flip_means: bool = True
+
+    PRESETS: ClassVar[dict[str, Config]] = {
+        "imagenet": Config(first=_IMAGENET, later=_IMAGENET, flip_means=False),
+        "pycil": Config(first=_PYCIL_FIRST, later=_PYCIL_LATER, loss="softmax", flip_means=False),
+    }
+
+    config: Config
+    means: Tensor  # [K, D]
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.teacher: Network | None = None
+        self.register_buffer("means", torch.empty(0, 0))
+
+    def begin_task(self, task: Task) -> None:
+        """Keeps a copy of the network as teacher and adds the new classes to its head."""
+        if task.first:
+            self.network = start_network(self.context.make_backbone(), task.total)
+        else:
+            self.teacher = frozen_copy(self.network)
+            linear_head(self.network).grow(task.total)
+
+    def stages(self, task: Task) -> list[Stage]:
+        """One stage on new data and exemplars."""
+        recipe = self.config.first if task.first else self.config.later
+        return [
+            Stage(
+                name="icarl",
+                method=self,
+                objective=self._sigmoid if self.config.loss == "sigmoid" else self._softmax,
+                streams=(Stream((task.examples, task.exemplars), recipe.batch_size),),
+                recipe=recipe,
+                parameters=lambda: self.network.parameters(),
+                primary=True,
+                logits=self.logits,
+            )
+        ]
+
+    def _sigmoid(self, batch: Batch) -> Losses:
+        """Binary cross-entropies with the old network's outputs as targets (Alg. 3)."""
+        logits = self.network(batch.images)  # [B, K]
+        targets = F.one_hot(batch.labels, logits.shape[1]).to(logits.dtype)  # [B, K]
+        old = self._teach(batch.images)
+        known = 0 if old is None else old.shape[1]
+        if old is not None:
+            targets = torch.cat([old.sigmoid().to(targets.dtype), targets[:, known:]], dim=1)
+        terms = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        terms = terms / (len(logits) * max(logits.shape[1], self.config.outputs))
+        if old is None:
+            return {"classification": terms.sum()}
+        return {
+            "classification": terms[:, known:].sum(),
+            "distillation": terms[:, :known].sum(),
+        }
+
+    def _softmax(self, batch: Batch) -> Losses:
+        """Cross-entropy and distillation on the old classes' logits (PyCIL)."""
+        logits = self.network(batch.images)  # [B, K]
+        losses = {"classification": F.cross_entropy(logits, batch.labels)}
+        old = self._teach(batch.images)
+        if old is not None:
+            losses["distillation"] = distillation(
+                logits[:, : old.shape[1]], old, self.config.temperature
+            )
+        return losses
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor) -> Tensor | None:
+        """The previous network's logits, or None in the first task."""
+        return None if self.teacher is None else self.teacher(images)
+
+    def end_task(self, task: Task) -> None:
+        """Takes the class means of the new exemplars, and lets the teacher go."""
+        self.teacher = None
+        exemplars = task.exemplars
+        if not len(exemplars):
+            self.means = self.means.new_empty(0, 0)
+            return
+        with evaluating(self):
+            features = [self.context.scan(self.embed, exemplars)]
+            if self.config.flip_means:
+                features.append(self.context.scan(self.embed, exemplars, flip=True))
+        labels = exemplars.labels.repeat(len(features))
+        self.means = class_means(torch.cat(features), labels, task.total)
+
+    def nearest_mean(self, images: Tensor) -> Tensor:
+        """Minus the squared distance to each mean of exemplars (Eq. 2), [B, K]."""
+        return nearest_mean_scores(self.network.features(images), self.means)
+
+    def readouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """``nme``, the method's own, and ``linear``; without exemplars only ``linear``."""
+        if not len(self.means):
+            return {"linear": self.logits}
+        return {"nme": self.nearest_mean, "linear": self.logits}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores of the first readout: what is exported."""
+        return next(iter(self.readouts().values()))(images)

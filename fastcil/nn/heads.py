@@ -1,0 +1,146 @@
+"""Classifiers on top of features; they grow as classes come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastcil.errors import FastcilError
+
+
+def _fresh(shape: tuple[int, ...], in_features: int) -> Tensor:
+    """Entries as ``nn.Linear`` draws them, on the CPU: a seed means the same on every device."""
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound)
+
+
+class LinearHead(nn.Module):
+    """A linear classifier, logits = W f + b, to which classes and features can be added.
+
+    Weights and biases start uniform in ±1/sqrt(in_features), drawn from torch's global generator.
+
+    Args:
+        in_features: Length D of a feature vector.
+        classes: Number K of classes.
+        bias: Whether there is a bias.
+
+    Attributes:
+        weight: W.  # [K, D]
+        bias: b, or None.  # [K]
+
+    Raises:
+        FastcilError: If a size is below 1.
+
+    Example:
+        >>> head = LinearHead(8, classes=5)
+        >>> head.grow(7)
+        >>> head(torch.zeros(2, 8)).shape
+        torch.Size([2, 7])
+    """
+
+    kind = "linear"
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, classes: int, bias: bool = True) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("classes", classes)):
+            if value < 1:
+                raise FastcilError(f"{name} is {value}; a head needs at least 1.")
+        like = torch.empty(0)
+        self.weight = nn.Parameter(_fresh((classes, in_features), in_features).to(like))
+        offset = nn.Parameter(_fresh((classes,), in_features).to(like)) if bias else None
+        self.register_parameter("bias", offset)
+
+    @property
+    def in_features(self) -> int:
+        """Length of a feature vector."""
+        return self.weight.shape[1]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.weight.shape[0]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] -> logits [B, K]."""
+        return functional.linear(features, self.weight, self.bias)
+
+    def cam_weights(self, labels: Tensor) -> Tensor:
+        """The row of W of each label, [B] -> [B, D]: how features add up to its class."""
+        return self.weight[labels]
+
+    def grow(self, classes: int, in_features: int | None = None) -> None:
+        """Adds classes, and features after the ones there are, in place.
+
+        What is known keeps its entries; new ones start as in a new head. The Parameters are new
+        objects, so an optimiser that held the old ones must be made again.
+
+        Args:
+            classes: Number of classes afterwards.
+            in_features: Length of a feature vector afterwards; None leaves it.
+
+        Raises:
+            FastcilError: If there would be fewer classes or features than now.
+        """
+        wide = self.in_features if in_features is None else in_features
+        for name, before, after in (
+            ("classes", self.classes, classes),
+            ("in_features", self.in_features, wide),
+        ):
+            if after < before:
+                raise FastcilError(f"{name} is {after}; a head of {before} can only grow.")
+        weight = _fresh((classes, wide), wide).to(self.weight)
+        weight[: self.classes, : self.in_features] = self.weight.detach()
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        if self.bias is not None:
+            bias = _fresh((classes,), wide).to(self.bias)
+            bias[: len(self.bias)] = self.bias.detach()
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+
+    def structure(self) -> dict[str, Any]:
+        """What ``build_head`` needs to make a head of the same shape; JSON-able."""
+        return {
+            "kind": self.kind,
+            "in_features": self.in_features,
+            "classes": self.classes,
+            "bias": self.bias is not None,
+        }
+
+    @classmethod
+    def build(cls, structure: Mapping[str, Any]) -> LinearHead:
+        """A head of that structure with arbitrary weights, to be loaded."""
+        return cls(structure["in_features"], structure["classes"], structure["bias"])
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"{self.in_features}, {self.classes}, bias={self.bias is not None}"
+
+
+HEADS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {LinearHead.kind: LinearHead.build}
+"""For each ``kind`` of head: structure -> head."""
+
+
+def build_head(structure: Mapping[str, Any]) -> nn.Module:
+    """A head as its ``structure()`` described it, with arbitrary weights.
+
+    Args:
+        structure: Has ``kind``, a key of ``HEADS``, and what that kind needs.
+
+    Raises:
+        FastcilError: If the kind is unknown.
+
+    Example:
+        >>> build_head({"kind": "linear", "in_features": 4, "classes": 3, "bias": False})
+        LinearHead(4, 3, bias=False)
+    """
+    kind = structure.get("kind")
+    if kind not in HEADS:
+        near = get_close_matches(str(kind), HEADS, 1, 0.0)
+        raise FastcilError(f"head kind is {kind!r}; the nearest known one is {near[0]!r}.")
+    return HEADS[kind](structure)

@@ -1,0 +1,127 @@
+"""Losses that several methods share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastcil.errors import FastcilError
+
+
+def _check(logits: Tensor, teacher: Tensor, temperature: float, names: tuple[str, str]) -> None:
+    """Raises unless two sets of logits have the same shape and the temperature is positive."""
+    if logits.ndim != 2 or logits.shape != teacher.shape:
+        raise FastcilError(
+            f"{names[0]} is {tuple(logits.shape)} and {names[1]} {tuple(teacher.shape)}; both must "
+            "be the same [B, C]."
+        )
+    if not temperature > 0:
+        raise FastcilError(f"temperature is {temperature}; it must be positive.")
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
+    r"""Cross-entropy with a teacher's softened predictions.
+
+    .. math:: L = -\frac{1}{B} \sum_i \sum_c p_{ic} \log q_{ic}, \qquad
+        p = \mathrm{softmax}(z^{\mathrm{teacher}} / T), \quad q = \mathrm{softmax}(z / T)
+
+    (Hinton et al. 2015, Eq. 1 and Sec. 2.1), without their factor T^2, as iCaRL, WA, FOSTER and
+    others are implemented. Computed in float32.
+
+    Args:
+        logits: The student's.  # [B, C]
+        teacher_logits: The teacher's; gradients flow into them too unless they are detached.
+            # [B, C]
+        temperature: T.
+
+    Returns:
+        The mean over the batch.  # []
+
+    Raises:
+        FastcilError: If the shapes differ or the temperature is not positive.
+
+    Example:
+        >>> distillation(torch.zeros(1, 2), torch.zeros(1, 2))  # log 2
+        tensor(0.6931)
+    """
+    _check(logits, teacher_logits, temperature, ("logits", "teacher_logits"))
+    return functional.cross_entropy(
+        logits.float() / temperature, (teacher_logits.float() / temperature).softmax(1)
+    )
+
+
+def alignment_weights(counts: Tensor, beta: float) -> Tensor:
+    r"""Weights of classes by their number of images, by which FOSTER aligns logits.
+
+    .. math:: w_c = C \, \frac{v_c}{\sum_j v_j}, \qquad v_c = \frac{1 - \beta}{1 - \beta^{n_c}}
+
+    (Wang et al. 2022, FOSTER, Sec. 4.1; the inverse effective number of samples of Cui et al. 2019,
+    Eq. 2). Rare classes weigh more; logits are divided by w.
+
+    Args:
+        counts: Images n_c of each class, at least 1.  # [C]
+        beta: Between 0 (all weights 1) and 1 (w_c proportional to 1 / n_c), both excluded.
+
+    Returns:
+        w, float32, with sum C.  # [C]
+
+    Raises:
+        FastcilError: If beta is not between 0 and 1, or a class has no image.
+
+    Example:
+        >>> alignment_weights(torch.tensor([1, 1, 500]), beta=0.5)
+        tensor([1.2000, 1.2000, 0.6000])
+    """
+    if not 0 < beta < 1:
+        raise FastcilError(f"beta is {beta}; it must be between 0 and 1, both excluded.")
+    if counts.ndim != 1 or bool((counts < 1).any()):
+        raise FastcilError(
+            f"counts is {counts.tolist()}; it must be one number of images per class, at least 1."
+        )
+    # 1 - beta^n without cancellation where beta is near 1.
+    v = -(1 - beta) / torch.expm1(counts.double() * math.log(beta))
+    return (v * (len(v) / v.sum())).float()
+
+
+def balanced_distillation(
+    student_logits: Tensor, teacher_logits: Tensor, weights: Tensor, temperature: float = 2.0
+) -> Tensor:
+    r"""Distillation from a teacher whose predictions are reweighted by class.
+
+    .. math:: L = -\frac{1}{B} \sum_i \sum_c \tilde p_{ic} \log q_{ic}, \qquad
+        \tilde p_{ic} = \frac{w_c p_{ic}}{\sum_j w_j p_{ij}}
+
+    with p and q as in ``distillation`` (Wang et al. 2022, FOSTER, Sec. 4.3, balanced knowledge
+    distillation). Teacher and student share the temperature; there is no factor T^2. Computed in
+    float32.
+
+    Args:
+        student_logits: The student's.  # [B, C]
+        teacher_logits: The teacher's; gradients flow into them too unless they are detached.
+            # [B, C]
+        weights: w, such as ``alignment_weights``.  # [C]
+        temperature: T.
+
+    Returns:
+        The mean over the batch.  # []
+
+    Raises:
+        FastcilError: If the shapes do not fit or the temperature is not positive.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, -2.0]])
+        >>> balanced_distillation(student, teacher, torch.tensor([0.5, 1.5]))
+        tensor(0.6931)
+    """
+    _check(student_logits, teacher_logits, temperature, ("student_logits", "teacher_logits"))
+    if weights.shape != student_logits.shape[1:]:
+        raise FastcilError(
+            f"weights has shape {tuple(weights.shape)}; it must have one entry for each of "
+            f"{student_logits.shape[1]} classes."
+        )
+    target = (teacher_logits.float() / temperature).softmax(1) * weights.float()
+    target = target / target.sum(1, keepdim=True)
+    return functional.cross_entropy(student_logits.float() / temperature, target)

@@ -1,0 +1,12 @@
+"""Fused operations: for each a schema, a PyTorch reference, and C++ or Triton kernels beside it."""
+
+from fastcil.ops._library import extension_available as extension_available
+from fastcil.ops.cam import cam as cam
+from fastcil.ops.cam_boxes import cam_boxes as cam_boxes
+from fastcil.ops.pack import grids as grids
+from fastcil.ops.pack import pack as pack
+from fastcil.ops.pack import packed_nbytes as packed_nbytes
+from fastcil.ops.pade import pade as pade
+from fastcil.ops.read import read as read
+from fastcil.ops.reconstruct import reconstruct as reconstruct
+from fastcil.ops.soft_compose import soft_compose as soft_compose

@@ -1,0 +1,75 @@
+"""``reconstruct``: packed images, unpacked into raw ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcil.ops._library import define
+from fastcil.ops._packed import addresses, check_images, check_rows, fetch, layout
+
+CHUNK = 1 << 20  # pixels gathered at a time by the reference
+
+
+def reference(pixels: Tensor, offsets: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:
+    """The op in plain PyTorch. It waits for the device to learn the size of the result."""
+    check_rows(pixels.numel(), offsets, geometry)
+    table = layout(offsets, geometry)
+    sizes = table[:, 1] * table[:, 2]  # [N], in pixels
+    starts = 3 * (sizes.cumsum(0) - sizes)
+    raw = [pixels.new_empty(0)]
+    for images in table.split(max(1, CHUNK // max(sizes.tolist(), default=1))):
+        if not len(images):
+            break
+        y = torch.arange(int(images[:, 1].max()), device=pixels.device)[:, None]
+        x = torch.arange(int(images[:, 2].max()), device=pixels.device)
+        images = images[:, None, None]
+        real = (y < images[..., 1]) & (x < images[..., 2])  # [b, H, W]: not padding
+        raw.append(fetch(pixels, addresses(images, y, x)[real]).view(-1))
+    return torch.cat(raw), starts
+
+
+def fake(pixels: Tensor, offsets: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty outputs; how many bytes there are depends on the data."""
+    total = torch.library.get_ctx().new_dynamic_size()
+    return pixels.new_empty(total), torch.empty_like(offsets)
+
+
+define("reconstruct(Tensor pixels, Tensor offsets, Tensor geometry) -> (Tensor, Tensor)",
+       reference, fake)
+
+
+def reconstruct(pixels: Tensor, offsets: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Unpack images: the raw pixels that each of them shows, one image after the other.
+
+    With the box B of a packed image and its background grid g of gh x gw cells, the image is
+
+    .. math::
+        \tilde x_{yx} = \begin{cases} x_{yx} & (y, x) \in B \\
+        g_{\lfloor y\,gh/H \rfloor,\ \lfloor x\,gw/W \rfloor} & \text{elsewhere}\end{cases}
+
+    (Luo et al. 2023, Eq. 3, with the nearest-neighbour resize of OpenCV that their supplement
+    names). A raw image is copied.
+
+    Args:
+        pixels: packed or raw images, uint8 [P].
+        offsets: first byte of each image, int64 [N].
+        geometry: int16 [N, 8], rows (H, W, y0, x0, y1, x1, gh, gw).
+
+    Returns:
+        The raw images, uint8 [sum of 3*H*W] (row-major, RGB interleaved), and the first byte of
+        each of them, int64 [N].
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or a row of it does not describe an image.
+
+    Example:
+        >>> pixels = torch.tensor([7, 8, 9], dtype=torch.uint8)  # one cell, and no box
+        >>> geometry = torch.tensor([[1, 2, 0, 0, 0, 0, 1, 1]], dtype=torch.int16)
+        >>> reconstruct(pixels, torch.zeros(1, dtype=torch.int64), geometry)[0]
+        tensor([7, 8, 9, 7, 8, 9], dtype=torch.uint8)
+    """
+    check_images(pixels, offsets, geometry)
+    out: tuple[Tensor, Tensor] = torch.ops.fastcil.reconstruct(pixels, offsets, geometry)
+    return out
