@@ -73,7 +73,10 @@ struct PackedImage {
 
   bool raw() const { return grid_height == 0; }
   bool crosses_box(int64_t y) const { return y >= y0 && y < y1; }
-  int64_t cell_row(int64_t y) const { return y * grid_height / height; }
+  // In 32 bits, which is faster; sides are 15.
+  int64_t cell_row(int64_t y) const {
+    return static_cast<uint32_t>(y * grid_height) / static_cast<uint32_t>(height);
+  }
 
   // Byte of pixel (y, x), which lies in the box.
   const uint8_t* in_box(int64_t y, int64_t x) const {
@@ -95,7 +98,8 @@ struct PackedImage {
   // The first row that shows the same as row y all along: y itself where it crosses the box.
   int64_t same_row(int64_t y) const {
     if (crosses_box(y)) return y;
-    const int64_t first = (cell_row(y) * height + grid_height - 1) / grid_height;
+    const int64_t first = static_cast<uint32_t>(cell_row(y) * height + grid_height - 1) /
+                          static_cast<uint32_t>(grid_height);
     return y < y1 ? first : std::max(first, y1);
   }
 

@@ -23,6 +23,7 @@ constexpr int kLineBits = 7;     // so does 255 with these bits behind the point
 constexpr int kLineShift = kWeightBits - kLineBits;
 constexpr int kPixelShift = kWeightBits + kLineBits;
 constexpr int kGroup = 8;        // pixels blended together along a row
+constexpr int64_t kPrefetch = 8;  // rows
 constexpr double kFarthest = 65536;
 
 // For each output along one axis: `taps` weights, an even number, from source pixel `first` on.
@@ -35,7 +36,8 @@ struct Axis {
   void fit(double begin, double end, int64_t side, int64_t size, bool antialias, bool flip);
 
  private:
-  std::vector<double> centre_, start_, total_;
+  std::vector<double> centre_, start_, total_, share_;
+  std::vector<int32_t> rounded_;
 };
 
 void Axis::fit(double begin, double end, int64_t side, int64_t size, bool antialias, bool flip) {
@@ -47,7 +49,9 @@ void Axis::fit(double begin, double end, int64_t side, int64_t size, bool antial
   taps = (count + 1) / 2 * 2;
   centre_.resize(size);
   start_.resize(size);
+  share_.resize(size);
   total_.resize(size * count);
+  rounded_.resize(size * count);
   for (int64_t i = 0; i < size; ++i) {
     centre_[i] = (i + 0.5) * (end - begin) / size + begin;
     start_[i] = std::floor(centre_[i] - width + 0.5);
@@ -63,21 +67,26 @@ void Axis::fit(double begin, double end, int64_t side, int64_t size, bool antial
       total[i] = (before ? before[i] : 0.0) + (covered ? weight : 0.0);
     }
   }
+  for (int64_t i = 0; i < size; ++i) share_[i] = (1 << kWeightBits) / total_[size * (count - 1) + i];
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t i = 0; i < size; ++i) {
+      rounded_[k * size + i] = static_cast<int32_t>(std::rint(total_[k * size + i] * share_[i]));
+    }
+  }
   // Whole groups of outputs, the last ones without weight.
   const int64_t padded = (size + kGroup - 1) / kGroup * kGroup;
   first.assign(padded, low);
   weights.assign(padded * taps, 0);
   for (int64_t i = 0; i < size; ++i) {
     const int64_t out = flip ? size - 1 - i : i;
-    const double share = (1 << kWeightBits) / total_[(count - 1) * size + i];
     const auto start = static_cast<int64_t>(start_[i]);
     first[out] = std::clamp(start, low, std::max(low, high - 1));
-    int64_t sum = 0;
+    int16_t* weight = weights.data() + out * taps - first[out];
+    int32_t before = 0;
     for (int64_t k = 0; k < count; ++k) {
-      const auto next = static_cast<int64_t>(std::rint(total_[k * size + i] * share));
-      const int64_t place = start + k - first[out];
-      if (place >= 0 && start + k < high) weights[out * taps + place] = next - sum;
-      sum = next;
+      const int32_t sum = rounded_[k * size + i];
+      if (start + k >= first[out] && start + k < high) weight[start + k] = sum - before;
+      before = sum;
     }
   }
 }
@@ -134,22 +143,42 @@ inline void blend_block(const Rows& rows, int64_t j, int16_t* line) {
   _mm256_storeu_si256(out, _mm256_permute2x128_si256(even, odd, 0x20));
   _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
 }
+
+// The same for two rows a, b whose weights make 1: a + (b - a) w, in 16 bits and yet exact.
+inline void mix_block(const Rows& rows, int64_t j, int16_t* line) {
+  const __m256i weight = _mm256_set1_epi16(static_cast<int16_t>(2 * rows.weights[1]));
+  for (int64_t half = j; half < j + 32; half += 16) {
+    const auto load = [&](int r) {
+      const auto* samples = reinterpret_cast<const __m128i*>(rows.bytes[r] + half);
+      return _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(samples)), kLineBits);
+    };
+    const __m256i a = load(0), b = load(1);
+    // mulhrs rounds (b - a) 2^7 * 2 w at 2^15: the bits that this drops are those of a w.
+    const __m256i step = _mm256_mulhrs_epi16(_mm256_sub_epi16(b, a), weight);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + half), _mm256_add_epi16(a, step));
+  }
+}
 #endif
 
 void blend_rows(Rows& rows, int64_t samples, int16_t* line) {
-  int64_t j = 0;
 #ifdef __AVX2__
+  const auto all = [&](auto block) {
+    for (int64_t j = 0; j + 32 <= samples; j += 32) block(rows, j, line);
+    if (samples % 32) block(rows, samples - 32, line);  // some of them a second time
+  };
+  if (samples >= 32 && rows.bytes.size() == 2 &&
+      rows.weights[0] + rows.weights[1] == 1 << kWeightBits) {
+    return all(mix_block);
+  }
   if (samples >= 32 && !rows.bytes.empty()) {
     if (rows.bytes.size() % 2) {
       rows.bytes.push_back(rows.bytes.back());
       rows.weights.push_back(0);
     }
-    for (; j + 32 <= samples; j += 32) blend_block(rows, j, line);
-    if (j < samples) blend_block(rows, samples - 32, line);  // some of them a second time
-    return;
+    return all(blend_block);
   }
 #endif
-  for (; j < samples; ++j) {
+  for (int64_t j = 0; j < samples; ++j) {
     int32_t sum = 1 << (kLineShift - 1);
     for (size_t k = 0; k < rows.bytes.size(); ++k) sum += rows.weights[k] * rows.bytes[k][j];
     line[j] = static_cast<int16_t>(sum >> kLineShift);
@@ -270,11 +299,12 @@ class Reader {
   std::vector<int16_t> line_;
   int64_t slots_;
 
-  // The last rows of a packed image stay in `shown_`, row y in slot y mod slots_: there are so many
-  // that no two of an output's rows, nor the equal ones that stand for them, are in one slot.
+  // The last rows of a packed image stay in `shown_`, row y in slot y mod slots_, a power of two:
+  // so many that no two of an output's rows, nor the equal ones that stand for them, are in one slot.
   void prepare(const PackedImage& image, int64_t samples) {
     image.find_cells(columns_.low, columns_.high, cells_);
-    slots_ = rows_.taps + image.height / image.grid_height + 1;
+    const int64_t wanted = rows_.taps + image.height / image.grid_height + 1;
+    for (slots_ = 1; slots_ < wanted;) slots_ *= 2;
     shown_.resize(samples * slots_);
     shown_row_.assign(slots_, -1);
     same_row_.resize(rows_.high - rows_.low);
@@ -286,13 +316,20 @@ class Reader {
   // The crop's columns of row y.
   const uint8_t* row(const PackedImage& image, int64_t y) {
     const int64_t low = columns_.low, high = columns_.high;
-    if (image.raw()) return image.in_box(y, low);
+    if (image.raw()) {
+      const uint8_t* shown = image.in_box(y, low);
+      // Each image is new to the cache; ask for the rows that come some outputs later.
+      for (int64_t j = 0; j < 3 * (high - low); j += 64) {
+        __builtin_prefetch(shown + 3 * image.width * kPrefetch + j);
+      }
+      return shown;
+    }
     y = same_row_[y - rows_.low];
-    const auto slot = [&](int64_t row) { return shown_.data() + row % slots_ * 3 * (high - low); };
-    if (shown_row_[y % slots_] != y) {
-      const bool above = y > 0 && shown_row_[(y - 1) % slots_] == y - 1;
+    const auto slot = [&](int64_t row) { return shown_.data() + (row & (slots_ - 1)) * 3 * (high - low); };
+    if (shown_row_[y & (slots_ - 1)] != y) {
+      const bool above = y > 0 && shown_row_[(y - 1) & (slots_ - 1)] == y - 1;
       image.row(y, low, high, cells_, above ? slot(y - 1) : nullptr, slot(y));
-      shown_row_[y % slots_] = y;
+      shown_row_[y & (slots_ - 1)] = y;
     }
     return slot(y);
   }

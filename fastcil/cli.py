@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastcil: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastcil: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(
+            "fastcil: stopped; the same command goes on from the last checkpoint.", file=sys.stderr
+        )
         return 130
 
 

@@ -20,9 +20,11 @@ FILES = ("*.in", "*.md", "*.py", "*.toml", ".gitignore", "LICENSE", "Makefile")
 def source_files() -> Iterator[Path]:
     """Every file that is part of the project, generated ones left out, relative to its root."""
     for pattern in (*FILES, *(f"{folder}/**/*" for folder in FOLDERS)):
-        for path in ROOT.glob(pattern):
-            if path.is_file() and path.suffix != ".so" and "__pycache__" not in path.parts:
-                yield path.relative_to(ROOT)
+        for path in filter(Path.is_file, ROOT.glob(pattern)):
+            name = path.relative_to(ROOT)
+            generated = any(part.endswith(("__pycache__", "_cache")) for part in name.parts)
+            if name.suffix != ".so" and not generated:
+                yield name
 
 
 def run_setup(tree: Path, *arguments: str) -> None:

@@ -69,6 +69,10 @@ class CAM(Addon):
         self.compression.count(boxes, examples)
         return boxes
 
+    def end_task(self, task: Task) -> None:
+        """Lets go of what only training needed."""
+        self.compression.end_task()
+
     def _locate(self, examples: Examples) -> Tensor:
         """Boxes by the network as it is."""
         network = self.method.localiser()

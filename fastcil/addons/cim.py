@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,8 @@ class CIM(Addon):
         return boxes
 
     def end_task(self, task: Task) -> None:
-        """Keeps the newest curves where the network shrank."""
+        """Keeps the newest curves where the network shrank, and nothing of the task's images."""
+        self.compression.end_task()
         self._drop_branch()
         self._fit(self.method.network)
 
@@ -204,9 +205,10 @@ class CIM(Addon):
         """A network's Padé branch with this addon's curves, in evaluation mode."""
         branch = share_with_pade(network)
         assert isinstance(branch, Network)
-        for own, shared, live in zip(self.phi, branch.extractors, network.extractors, strict=True):
+        parts = zip(self._curves(), branch.extractors, network.extractors, strict=True)
+        for own, shared, live in parts:
             for curve, place in zip(own, _places(live), strict=True):
-                fresh = shared.get_submodule(place)
+                fresh = cast("Pade", shared.get_submodule(place))
                 fresh.numerator, fresh.denominator = curve.numerator, curve.denominator
         branch.eval()
         return branch
@@ -218,22 +220,26 @@ class CIM(Addon):
 
     def _fit(self, network: Network) -> None:
         """Makes ``phi`` one set of curves per extractor, the newest last."""
-        wanted = len(network.extractors)
-        kept = list(self.phi)[-wanted:]
-        for extractor in network.extractors[len(kept) :]:
+        extractors = list(network.extractors)
+        kept = self._curves()[-len(extractors) :]
+        for extractor in extractors[len(kept) :]:
             places = len(_places(extractor))
             if kept and len(kept[-1]) == places:
-                kept.append(copy.deepcopy(kept[-1]))
+                kept.append([copy.deepcopy(curve) for curve in kept[-1]])
             else:
-                kept.append(nn.ModuleList(Pade() for _ in range(places)))
+                kept.append([Pade() for _ in range(places)])
         like = next(network.extractors.parameters())
-        self.phi = nn.ModuleList(kept).to(like.device, like.dtype)
-        self.phi[:-1].requires_grad_(False)
+        self.phi = nn.ModuleList(map(nn.ModuleList, kept)).to(like.device, like.dtype)
+        self.phi.requires_grad_(False)
         self.phi[-1].requires_grad_(True)
+
+    def _curves(self) -> list[list[Pade]]:
+        """phi: for each extractor its activations, from the input on."""
+        return [list(part) for part in cast("Iterable[Iterable[Pade]]", self.phi)]
 
     def structure(self) -> dict[str, Any]:
         """The number of curves of each extractor."""
-        return {"curves": [len(curves) for curves in self.phi]}
+        return {"curves": [len(curves) for curves in self._curves()]}
 
     def restore(self, structure: Mapping[str, Any]) -> None:
         """Makes as many curves, to be loaded."""
@@ -244,12 +250,12 @@ class CIM(Addon):
     def records(self) -> list[Record]:
         """How large the boxes are, the curves learned, and how far they are from ReLU."""
         records = [self.compression.record()]
-        if not len(self.phi):
+        curves = self._curves()
+        if not curves:
             return records
         with torch.no_grad():
-            parameter = self.phi[-1][0].numerator
-            x = torch.linspace(-3, 3, _DISTANCE_POINTS).to(parameter)
-            values = torch.stack([curve(x) for curve in self.phi[-1]]).cpu()  # [places, points]
+            x = torch.linspace(-3, 3, _DISTANCE_POINTS).to(curves[-1][0].numerator)
+            values = torch.stack([curve(x) for curve in curves[-1]]).cpu()  # [places, points]
         x = x.cpu()
         distances = torch.trapezoid((values - x.relu()).abs(), x)  # [places]
         last = len(values) - 1

@@ -103,6 +103,11 @@ class Compression(nn.Module):
         self.chance = torch.zeros_like(self.chance)
         self.footprints = torch.cat([self.footprints, self.footprints.new_zeros(1, 2)])
 
+    def end_task(self) -> None:
+        """Lets go of the boxes, which the next task has no use for."""
+        self.boxes = self.boxes[:0].clone()
+        self.chance = torch.zeros_like(self.chance)
+
     def simulate(self, task: Task, stages: Iterable[Stage], locate: Locator) -> None:
         """Shows new images compressed, at times, in every stage that reads them.
 

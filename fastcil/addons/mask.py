@@ -79,6 +79,7 @@ class MaskStage(Stage):
             steps=steps,
         )
         self.main = main
+        self.scores = main.logits
         self.network = network
         self.branch = branch
         self.curves = curves
@@ -134,13 +135,13 @@ class MaskStage(Stage):
         network, branch = self.network(), self.branch()
         maps = branch.maps(inner.images)  # [B, C, h, w]
         masks = cam(maps, network.cam_weights(inner.labels).detach())  # [B, h, w]
-        scores = network.head(maps.mean((2, 3)))
+        branch_logits = network.head(maps.mean((2, 3)))
         theta = self._inner_step(self._compressed(inner, masks), self.inner_lr * factor)
-        logits = self.main.call(self.main.logits, outer.images, parameters=theta)
+        logits = self.main.call(self.scores, outer.images, parameters=theta)
         return {
             "outer": F.cross_entropy(logits, outer.labels),
             "mask": self.mu * masks.square().mean(),
-            "branch": self.mu_prime * F.cross_entropy(scores, inner.labels),
+            "branch": self.mu_prime * F.cross_entropy(branch_logits, inner.labels),
         }
 
     def _compressed(self, batch: Batch, masks: Tensor) -> Batch:

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastcil.data.store import Dataset, Examples, ImageStore
+from fastcil.data.store import LARGEST_SIDE, Dataset, Examples, ImageStore
 from fastcil.errors import DataError
-
-MAX_SIDE = 32767  # the geometry rows of an ImageStore are int16
 
 
 def check_side(height: int, width: int, where: str) -> None:
@@ -26,9 +24,9 @@ def check_side(height: int, width: int, where: str) -> None:
     Example:
         >>> check_side(480, 640, "a.jpg")
     """
-    if min(height, width) < 1 or max(height, width) > MAX_SIDE:
+    if min(height, width) < 1 or max(height, width) > LARGEST_SIDE:
         raise DataError(
-            f"{where} is {height} x {width} pixels; an image has 1 to {MAX_SIDE} pixels a side"
+            f"{where} is {height} x {width} pixels; an image has 1 to {LARGEST_SIDE} pixels a side"
         )
 
 
@@ -217,6 +215,44 @@ def assemble(
         train, test = keep_classes(train, complete), keep_classes(test, complete)
         class_names = [class_names[label] for label in complete]
     return Dataset(name, train, test, tuple(class_names), skipped=tuple(skipped))
+
+
+def assemble_numbered(
+    name: str,
+    origin: str,
+    train: Examples,
+    test: Examples,
+    class_names: Sequence[str] | None,
+    skip_bad: bool,
+    skipped: Sequence[str],
+) -> Dataset:
+    """Assemble data whose classes may have no names: the labels' decimal forms are theirs then.
+
+    Args:
+        name: see `assemble`, as for the others.
+        origin: as there.
+        train: as there.
+        test: as there.
+        class_names: name of each label, or None.
+        skip_bad: as there.
+        skipped: as there.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: As `assemble`, or if unnamed labels leave a gap.
+
+    Example:
+        >>> store = ImageStore.from_batch(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))
+        >>> both = Examples(store, torch.tensor([0, 1]))
+        >>> assemble_numbered("d", "d", both, both, None, False, ()).class_names
+        ('0', '1')
+    """
+    if class_names is None:
+        every = torch.cat([train.labels, test.labels])
+        class_names = [str(label) for label in range(class_count(every, f"{origin}: labels"))]
+    return assemble(name, origin, train, test, class_names, ("train", "test"), skip_bad, skipped)
 
 
 def check_names(class_names: Sequence[str], origin: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from math import ceil, cos, pi, sin
+from typing import Any
 
 import cv2
 import numpy as np
@@ -162,7 +163,7 @@ def _raster(
     for part in parts:
         fine = ((part.points - (x0, y0)) * _FINE - 0.5) * 2**_SHIFT
         points = np.rint(fine).astype(np.int32)[None]
-        layers = [(cover, 0 if part.tone == HOLE else 255)]
+        layers: list[tuple[np.ndarray, Any]] = [(cover, 0 if part.tone == HOLE else 255)]
         if part.tone != HOLE:
             layers.append((colour, palette[part.tone].tolist()))
         for layer, value in layers:
@@ -175,9 +176,8 @@ def _raster(
             dark = (palette[0] * 0.25).tolist()
             cv2.polylines(colour, points, True, dark, _FINE, cv2.LINE_AA, _SHIFT)
     flat = (x1 - x0, y1 - y0)
-    colour = cv2.resize(colour, flat, interpolation=cv2.INTER_AREA)
-    cover = cv2.resize(cover, flat, interpolation=cv2.INTER_AREA)
-    return colour.astype(np.float32), cover.astype(np.float32) / 255
+    shown, share = (cv2.resize(a, flat, interpolation=cv2.INTER_AREA) for a in (colour, cover))
+    return shown.astype(np.float32), share.astype(np.float32) / 255
 
 
 def _vivid(d: Draws, label: int) -> np.ndarray:
@@ -188,7 +188,8 @@ def _vivid(d: Draws, label: int) -> np.ndarray:
 
 def _muted(d: Draws) -> np.ndarray:
     """Draw a colour for what is behind the object, float64 [3] in 0..255."""
-    return np.array(colorsys.hsv_to_rgb(d.uniform(), d.uniform(0.0, 0.5), d.uniform(0.1, 0.65))) * 255
+    hue, saturation, value = d.uniform(), d.uniform(0.0, 0.5), d.uniform(0.1, 0.65)
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, value)) * 255
 
 
 def _palette(d: Draws, label: int, behind: np.ndarray) -> np.ndarray:

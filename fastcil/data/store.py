@@ -154,9 +154,7 @@ class ImageStore:
 
     def to(self, device: torch.device | str) -> ImageStore:
         """The same images on another device."""
-        return ImageStore(
-            self.pixels.to(device), self.offsets.to(device), self.geometry.to(device)
-        )
+        return ImageStore(self.pixels.to(device), self.offsets.to(device), self.geometry.to(device))
 
     def compress(self, boxes: Tensor, ratio: float = 4.0) -> ImageStore:
         """Packs raw images: the box stays, what lies outside is downsampled (`fastcil.ops.pack`).
@@ -279,20 +277,27 @@ def read_images(
         >>> read_images([store], torch.zeros(1, dtype=torch.int64), torch.tensor([1]), (4, 4)).shape
         torch.Size([1, 3, 4, 4])
     """
-    starts = torch.tensor([0] + [len(s) for s in stores], device=index.device).cumsum(0)
-    rows = starts[which] + index
-    offsets = torch.cat([s.offsets for s in stores])
-    geometry = torch.cat([s.geometry for s in stores])
-    rows = rows.to(offsets.device)
+    device = stores[0].offsets.device
+    which, index = which.to(device), index.to(device)
+    offsets = torch.zeros_like(index)
+    geometry = offsets.new_zeros((len(index), 8), dtype=torch.int16)
+    for number, store in enumerate(stores):
+        if not len(store):
+            continue
+        mine = which == number
+        # Selecting by mask would make the host wait for a GPU; reading row 0 in vain does not.
+        rows = torch.where(mine, index, 0)
+        offsets = torch.where(mine, store.offsets[rows], offsets)
+        geometry = torch.where(mine[:, None], store.geometry[rows], geometry)
     return ops.read(
-        [s.pixels for s in stores],
-        which.to(offsets.device),
-        offsets[rows],
-        geometry[rows],
+        [store.pixels for store in stores],
+        which,
+        offsets,
+        geometry,
         size,
-        crops=None if crops is None else crops.to(offsets.device),
-        flips=None if flips is None else flips.to(offsets.device),
-        views=None if views is None else views.to(offsets.device),
+        crops=None if crops is None else crops.to(device),
+        flips=None if flips is None else flips.to(device),
+        views=None if views is None else views.to(device),
         antialias=antialias,
     )
 

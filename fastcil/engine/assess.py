@@ -46,7 +46,7 @@ def assess(learner: str | Path, data: Any, device: str = "auto") -> dict[str, di
             f"it knows {', '.join(loaded.class_names[:5])} ..."
         )
     test = Examples(dataset.test.select(known).images, moved[known])
-    counts = count_correct(loaded.method, loaded.context, test, len(loaded.class_names))
+    counts = count_correct(loaded.method, loaded.parts.context, test, len(loaded.class_names))
     return {
         name: {top: 100.0 * sum(c[top]) / len(test) for top in ("top1", "top5")}
         for name, c in counts.items()

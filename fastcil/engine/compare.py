@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from fastcil.contract import parse_composition
+from fastcil.contract import lookup, parse_composition
 from fastcil.engine.environment import environment
 from fastcil.engine.metrics import mean_interval
 from fastcil.engine.options import (
     GROUPS,
     check_keys,
     config_types,
-    nest,
-    read_yaml,
+    merge_options,
 )
+from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.result import Result
-from fastcil.engine.run import make_plan, run_plan
+from fastcil.engine.run import run_plan
 from fastcil.engine.scenario import Scenario
 from fastcil.engine.state import write_atomically
 from fastcil.errors import FastcilError
@@ -183,30 +183,24 @@ def compare(
             f"methods is {tuple(methods)}; name one or more different methods, as in "
             f"'foster,foster+cim'."
         )
-    merged = nest(read_yaml(preset)) if preset is not None else {}
-    for name, value in nest(options).items():
-        old = merged.get(name)
-        merged[name] = {**old, **value} if isinstance(old, dict) else value
+    merged = merge_options(preset, options)
     check_keys(merged, config_types(methods))
-    plans = {}
-    dataset = data
+    plans: dict[str, Plan] = {}
     for method in methods:
         name, addons = parse_composition(method)
-        own = {k: v for k, v in merged.items() if k in (*GROUPS, name, *addons)}
-        brings = any(config_brings_codec(addon) for addon in addons)
         plan = make_plan(
             method,
-            dataset,
+            data if not plans else next(iter(plans.values())).dataset,
             scenario,
             memory,
-            None if brings else codec,
+            None if any(_brings_codec(addon) for addon in addons) else codec,
             seeds,
             device,
             backbone,
-            own,
+            {k: v for k, v in merged.items() if k in (*GROUPS, name, *addons)},
         )
-        plan.data_name = str(data) if isinstance(data, (str, Path)) else plan.data_name
-        dataset = plan.dataset
+        if isinstance(data, (str, Path)):
+            plan.data_name = str(data)
         plans[method] = plan
     folder = Path(run_dir) if run_dir is not None else None
     results = {
@@ -219,8 +213,6 @@ def compare(
     return comparison
 
 
-def config_brings_codec(addon: str) -> bool:
+def _brings_codec(addon: str) -> bool:
     """Whether an addon stores exemplars its own way."""
-    from fastcil.contract import lookup
-
-    return lookup("addon", addon).brings_codec is not None  # type: ignore[attr-defined]
+    return getattr(lookup("addon", addon), "brings_codec", None) is not None

@@ -35,7 +35,10 @@ class EngineContext:
 
     def make_backbone(self) -> nn.Module:
         """A new feature extractor, on the run's device, in channels_last memory."""
-        made: nn.Module = self._backbone().to(self.device, memory_format=torch.channels_last)
+        # torch's type stubs leave out the memory_format of Module.to.
+        made: nn.Module = self._backbone().to(  # type: ignore[call-overload]
+            self.device, memory_format=torch.channels_last
+        )
         return made
 
     def scan(

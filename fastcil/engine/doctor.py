@@ -32,7 +32,6 @@ _EXTRAS = {
     "onnxscript": "export to ONNX",
     "onnxruntime": "running exported ONNX models",
     "tensorboard": "TensorBoard logs",
-    "scipy": "confidence intervals",
 }
 
 
@@ -44,7 +43,7 @@ def _extension() -> tuple[str, str, bool]:
             "absent: the PyTorch references run; reinstall with a C++ compiler for speed",
             False,
         )
-    from fastcil import _C  # type: ignore[attr-defined]
+    from fastcil import _C
 
     facts = _C.build_facts()
     return "C++ kernels", ", ".join(f"{k} {v}" for k, v in facts.items()), True

@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
         "fastcil": fastcil.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "platform": platform.platform(),
         "processor": _processor(),

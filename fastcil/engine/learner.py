@@ -11,18 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcil.contract import Addon, Method, Task, evaluating, lookup
-from fastcil.data import Augmentation, Examples, ImageStore, load_examples
-from fastcil.engine.context import EngineContext
+from fastcil.contract import Method, Task, evaluating
+from fastcil.data import Examples, ImageStore, load_examples
 from fastcil.engine.events import Listener
+from fastcil.engine.export import export_method
 from fastcil.engine.options import Settings, make_settings
-from fastcil.engine.resolve import (
-    as_images,
-    make_augmentation,
-    make_backbone_builder,
-    natural_look,
-    pick_device,
-)
+from fastcil.engine.parts import Parts
+from fastcil.engine.progress import make_progress
+from fastcil.engine.resolve import as_images, natural_look, pick_device
 from fastcil.engine.seeds import mix
 from fastcil.engine.state import (
     load_state,
@@ -99,12 +95,28 @@ class Learner:
         self.class_names: tuple[str, ...] = ()
         self.tasks: list[int] = []
         self._backbone = backbone
-        self._built = False
-        self.augmentation: Augmentation
-        self.context: EngineContext
-        self.method: Method
-        self.addons: list[Addon]
-        self.memory: Memory
+        self._parts: Parts | None = None
+
+    @property
+    def parts(self) -> Parts:
+        """Method, addons, memory and how they see images.
+
+        Raises:
+            FastcilError: Nothing was learned yet.
+        """
+        if self._parts is None:
+            raise FastcilError("the Learner knows no class yet; call learn(data) first.")
+        return self._parts
+
+    @property
+    def method(self) -> Method:
+        """The method, networks included."""
+        return self.parts.method
+
+    @property
+    def memory(self) -> Memory:
+        """What is kept of the classes learned."""
+        return self.parts.memory
 
     def learn(self, data: Any, *, names: Sequence[str] | None = None) -> Learner:
         """Adds the classes of ``data``.
@@ -120,8 +132,6 @@ class Learner:
         Raises:
             FastcilError: Data that can't be used, or a class that is known already.
         """
-        from fastcil.engine.progress import make_progress
-
         examples, found = load_examples(data, skip_bad=self.settings.groups["load"].skip_bad)
         found = tuple(names) if names is not None else found
         task = self.next_task(examples, found)
@@ -137,7 +147,8 @@ class Learner:
         again = sorted(set(names) & set(self.class_names))
         if again:
             raise FastcilError(
-                f"data brings the class '{again[0]}', which is known already; pass new classes only."
+                f"data brings the class '{again[0]}', which is known already; "
+                f"pass new classes only."
             )
         known = len(self.class_names)
         self.prepare(examples.images)
@@ -173,25 +184,25 @@ class Learner:
             torch.set_num_threads(engine.threads)
         init = self.seed if engine.init_seed is None else engine.init_seed
         data = self.seed if engine.data_seed is None else engine.data_seed
-        parts = [self.method, *self.addons]
+        parts = self.parts
         if resume is None:
             # Weight draws depend on the task alone, not on what this process did before.
             torch.manual_seed(mix(_INIT, init, task.index))
-            for part in parts:
+            for part in parts.learners:
                 part.begin_task(task)
-        self.to_device()
+        parts.to_device()
         trainer = Trainer(
-            self.method,
-            self.augmentation,
-            self.device,
+            parts.method,
+            parts.augmentation,
+            parts.device,
             (_DATA, data, task.index),
             tell,
             precision=engine.precision,
             compiled=engine.compile,
             save=save,
         )
-        stages = self.method.stages(task)
-        for addon in self.addons:
+        stages = parts.method.stages(task)
+        for addon in parts.addons:
             stages = addon.stages(task, stages)
         if resume is not None:
             set_random_state(resume["random"])
@@ -199,7 +210,7 @@ class Learner:
         tell("remember", {"task": task.index})
         self._remember(task, (_SELECT, data, task.index))
         done = replace(task, exemplars=self.memory.examples())
-        for part in parts:
+        for part in parts.learners:
             part.end_task(done)
         self.class_names += tuple(names)
         self.tasks.append(len(names))
@@ -208,11 +219,11 @@ class Learner:
         """Chooses exemplars by the method's features, in the form they will be kept."""
         boxes = None
         with evaluating(self.method):
-            for addon in self.addons:
+            for addon in self.parts.addons:
                 boxes = addon.boxes(task.examples) if boxes is None else boxes
             self.memory.update(
                 task,
-                lambda examples: self.context.scan(self.method.embed, examples),
+                lambda examples: self.parts.context.scan(self.method.embed, examples),
                 boxes=boxes,
                 other_nbytes=self._other_nbytes(),
                 seed=mix(*key),
@@ -240,13 +251,11 @@ class Learner:
         Raises:
             FastcilError: Nothing was learned yet, or images of another form.
         """
-        if not self.class_names:
-            raise FastcilError("the Learner knows no class yet; call learn(data) first.")
+        readout = next(iter(self.method.readouts().values()))
         store = as_images(images)
         examples = Examples(store, torch.zeros(len(store), dtype=torch.int64))
-        readout = next(iter(self.method.readouts().values()))
         with evaluating(self.method):
-            scores = self.context.scan(readout, examples).float()
+            scores = self.parts.context.scan(readout, examples).float()
         best = scores.argmax(1).tolist()
         return Prediction(tuple(self.class_names[k] for k in best), scores.softmax(1).cpu())
 
@@ -261,11 +270,7 @@ class Learner:
             The path. Input ``images``: float32 [B, 3, s, s], normalised; output ``logits``
             [B, K].
         """
-        from fastcil.engine.export import export_method
-
-        if not self.class_names:
-            raise FastcilError("the Learner knows no class yet; call learn(data) first.")
-        return export_method(self.method, self.augmentation, Path(path), format)
+        return export_method(self.method, self.parts.augmentation, Path(path), format)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves everything, memory included, in one safetensors file, atomically."""
@@ -294,7 +299,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything that `from_state` needs, as nested plain data and tensors."""
-        state: dict[str, Any] = {
+        return {
             "format": FORMAT,
             "settings": self.settings.as_dict(),
             "budget": str(self.budget),
@@ -302,19 +307,8 @@ class Learner:
             "class_names": list(self.class_names),
             "tasks": list(self.tasks),
             "own_backbone": self._backbone is not None,
-            "built": self._built,
+            "parts": None if self._parts is None else self._parts.state(),
         }
-        if self._built:
-            state |= {
-                "size": self.augmentation.size,
-                "crop": self.augmentation.crop,
-                "memory": self.memory.state(),
-                "parts": [
-                    {"structure": part.structure(), "tensors": part.tensors()}
-                    for part in [self.method, *self.addons]
-                ],
-            }
-        return state
 
     @classmethod
     def from_state(
@@ -345,15 +339,10 @@ class Learner:
         )
         learner.class_names = tuple(state["class_names"])
         learner.tasks = list(state["tasks"])
-        if state["built"]:
-            learner._make(state["size"], state["crop"])
-            for part, saved in zip(
-                [learner.method, *learner.addons], state["parts"], strict=True
-            ):
-                part.restore(saved["structure"])
-                part.load_tensors(saved["tensors"])
-            learner.memory.restore(state["memory"])
-            learner.to_device()
+        parts = state["parts"]
+        if parts is not None:
+            learner._make(parts["size"], parts["crop"])
+            learner.parts.restore(parts)
         return learner
 
     def checkpoint(self, trainer: Trainer) -> dict[str, Any]:
@@ -364,44 +353,12 @@ class Learner:
             "random": random_state(),
         }
 
-    def to_device(self) -> None:
-        """Moves networks to the device; memory stays where the reader wants it."""
-        for part in [self.method, *self.addons]:
-            part.to(self.device, memory_format=torch.channels_last)
-
     def prepare(self, images: ImageStore) -> None:
         """Makes method, addons and memory for images of this kind, the first time it is asked."""
-        if not self._built:
+        if self._parts is None:
             self._make(*natural_look(images, self.settings.groups["augment"]))
 
     def _make(self, size: int, crop: str) -> None:
-        method_name, addon_names = self.settings.parts
-        method_class = lookup("method", method_name)
-        self.augmentation = make_augmentation(
-            self.settings.groups["augment"], size, crop, method_class.auto_augment  # type: ignore[attr-defined]
+        self._parts = Parts.build(
+            self.settings, self.budget, self.device, size, crop, self._backbone
         )
-        self.context = EngineContext(
-            self._backbone or make_backbone_builder(self.settings.groups["network"], size),
-            self.augmentation,
-            self.device,
-            self.settings.engine.scan_batch,
-        )
-        self.method = method_class(self.settings.config(method_name), self.context)
-        self.addons = [
-            lookup("addon", name)(self.settings.config(name), self.context, self.method)
-            for name in addon_names
-        ]
-        self.memory = Memory(
-            self.budget,
-            codec=self._make_codec(),
-            selection=self.method.selection,
-            keeps=self.method.keeps,
-        )
-        self._built = True
-
-    def _make_codec(self) -> Any:
-        """The addon's codec, the one asked for, or raw."""
-        for addon in self.addons:
-            if addon.brings_codec is not None:
-                return lookup("codec", addon.brings_codec)(**addon.codec_options())
-        return lookup("codec", self.settings.codec or "raw")()

@@ -194,9 +194,7 @@ def known_keys(types: Mapping[str, type]) -> list[str]:
         keys.append(name)
         hints = _field_classes(cls)
         keys += known_keys({f"{name}.{key}": sub for key, sub in hints.items()})
-        keys += [
-            f"{name}.{f.name}" for f in dataclasses.fields(cls) if f.name not in hints
-        ]
+        keys += [f"{name}.{f.name}" for f in dataclasses.fields(cls) if f.name not in hints]
     return keys
 
 
@@ -226,7 +224,9 @@ def nest(options: Mapping[str, Any]) -> dict[str, Any]:
         for key in path:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                raise FastcilError(f"option '{name}' lies under '{key}', which has a value already.")
+                raise FastcilError(
+                    f"option '{name}' lies under '{key}', which has a value already."
+                )
         if isinstance(value, Mapping) and isinstance(place.get(leaf), dict):
             place[leaf].update(nest(value))
         else:
@@ -337,7 +337,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise FastcilError(f"config is '{path}', which can't be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise FastcilError(f"config '{path}' is not YAML: {' '.join(str(error).split())}") from error
+        raise FastcilError(
+            f"config '{path}' is not YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(loaded, dict):
         raise FastcilError(f"config '{path}' holds no options; write 'name: value' lines.")
     return loaded
+
+
+def merge_options(preset: str | Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's options with these on top, nested.
+
+    Args:
+        preset: A YAML file, or None.
+        options: Dotted or nested names -> values.
+    """
+    merged = _flat(nest(read_yaml(preset))) if preset is not None else {}
+    return nest({**merged, **_flat(nest(options))})

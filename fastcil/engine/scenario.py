@@ -103,7 +103,8 @@ def split_classes(text: str, classes: int) -> list[int]:
             sizes += [left % step] if left % step else []
     else:
         raise FastcilError(
-            f"scenario is '{text}'; use 'lfs-N', 'lfh-N' or 'bA-incB', as in 'lfs-5' or 'b50-inc10'."
+            f"scenario is '{text}'; use 'lfs-N', 'lfh-N' or 'bA-incB', as in 'lfs-5' or "
+            f"'b50-inc10'."
         )
     if not sizes:
         raise FastcilError(

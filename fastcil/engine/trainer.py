@@ -81,7 +81,7 @@ class _Lane:
     def update(self, loss: Tensor) -> None:
         """Back-propagates, clips and steps the optimiser (the `Stepper` a stage sees)."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         if self.stage.recipe.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.stage.recipe.clip)
@@ -221,9 +221,7 @@ class Trainer:
                 "epoch": epoch,
                 "epochs": stage.recipe.epochs,
                 "losses": self._lanes[0].mean_losses(),
-                "companions": {
-                    lane.stage.name: lane.mean_losses() for lane in self._lanes[1:]
-                },
+                "companions": {lane.stage.name: lane.mean_losses() for lane in self._lanes[1:]},
                 "lr": self._lanes[0].lr,
                 "seconds": round(seconds, 4),
                 "rate": round(images / max(seconds, 1e-9), 1),

@@ -179,7 +179,7 @@ class Memory:
             UserWarning: Once, if the quota holds no exemplar at all of some class.
         """
         if self.keeps == "everything":
-            self._keep_all(task)
+            self._keep_all(task.examples)
             return
         self._check_others(task.total, other_nbytes)
         if self.keeps == "nothing" or self.budget.amount == 0:
@@ -191,38 +191,45 @@ class Memory:
             )
         quota = self.budget.quota(task.total, other_nbytes)
         generator = torch.Generator().manual_seed(seed)
-        kept: list[ImageStore] = []
-        turned_away: list[float] = []
-        for label in range(task.total):
-            candidates = self._held(label)
-            if label in task.classes:
-                candidates = self._candidates(label, task.examples, boxes, candidates)
-                order = self._order(candidates, label, embed, quota, generator)
-            else:
-                order = torch.arange(len(candidates))
+        kept, too_dear = self._reduced(quota, set(task.classes))
+        for label in task.classes:
+            candidates = self._candidates(label, task.examples, boxes)
+            order = self._order(candidates, label, embed, quota, generator)
             cost = self._cost(candidates).cpu()[order]
-            running = cost.cumsum(0)
-            prefix = order[: int((running <= quota + _SLACK).sum())]
+            prefix = order[: _affordable(cost, quota)]
             if len(order) and not len(prefix):
-                turned_away.append(float(cost[0]))
-            kept.append(candidates.select(prefix.to(candidates.pixels.device)).to(self.device))
-        self._check_fit(kept, task.total, other_nbytes)
+                too_dear.append(float(cost[0]))
+            images = candidates.select(prefix.to(candidates.pixels.device)).to(self.device)
+            kept.append((images, torch.full((len(images),), label, dtype=torch.int32)))
+        self._check_fit([images for images, _ in kept], task.total, other_nbytes)
         self._hold(kept)
-        if turned_away:
-            self._warn(turned_away, quota, task.total, other_nbytes)
+        if too_dear:
+            self._warn(too_dear, quota, task.total, other_nbytes)
 
-    def _held(self, label: int) -> ImageStore:
-        """The exemplars of one class."""
-        return self._images.select((self._labels == label).nonzero().flatten())
+    def _reduced(
+        self, quota: float, without: set[int]
+    ) -> tuple[list[tuple[ImageStore, Tensor]], list[float]]:
+        """Each class's longest prefix within the quota; what the first of those dropped cost."""
+        cost = self._cost(self._images).cpu()
+        labels = self._labels.cpu()
+        index, too_dear, start = [labels.new_empty(0, dtype=torch.int64)], [], 0
+        for label, count in enumerate(torch.bincount(labels).tolist()):
+            if count and label not in without:
+                length = _affordable(cost[start : start + count], quota)
+                index.append(torch.arange(start, start + length))
+                if length == 0:
+                    too_dear.append(float(cost[start]))
+            start += count
+        chosen = torch.cat(index)
+        return [(self._images.select(chosen.to(self.device)), labels[chosen])], too_dear
 
-    def _candidates(
-        self, label: int, examples: Examples, boxes: Tensor | None, held: ImageStore
-    ) -> ImageStore:
+    def _candidates(self, label: int, examples: Examples, boxes: Tensor | None) -> ImageStore:
         """What may be kept of a class: its exemplars, then its new images, encoded."""
         chosen = (examples.labels == label).nonzero().flatten()
         images = examples.images.select(chosen)
         mine = None if boxes is None else boxes[chosen.to(boxes.device)]
         encoded = self.codec.encode(images, mine)
+        held = self._images.select((self._labels == label).nonzero().flatten())
         return ImageStore.cat([held.to(encoded.pixels.device), encoded]) if len(held) else encoded
 
     def _order(
@@ -258,23 +265,26 @@ class Memory:
             return self.codec.units(images).double()
         return self.codec.nbytes(images).double()
 
-    def _hold(self, kept: list[ImageStore]) -> None:
-        """Replaces what is held by one store per class, in the order of labels."""
-        lengths = torch.tensor([len(images) for images in kept], dtype=torch.int64)
-        labels = torch.repeat_interleave(torch.arange(len(kept), dtype=torch.int32), lengths)
-        full = [images for images in kept if len(images)]
-        device = self.device
-        self._images = ImageStore.cat(full) if full else _no_images(device)
-        self._labels = labels.to(device)
+    def _hold(self, kept: list[tuple[ImageStore, Tensor]]) -> None:
+        """Replaces what is held by these images and their labels, grouped by class."""
+        full = [part for part in kept if len(part[0])]
+        if not full:
+            self._images = _no_images(self.device)
+            self._labels = self._labels[:0].clone()
+            return
+        images = ImageStore.cat([images for images, _ in full])
+        labels = torch.cat([labels for _, labels in full]).to(torch.int32)
+        order = labels.argsort(stable=True)
+        if not torch.equal(labels[order], labels):
+            images, labels = images.select(order.to(self.device)), labels[order]
+        self._images, self._labels = images, labels.to(self.device)
 
-    def _keep_all(self, task: Task) -> None:
+    def _keep_all(self, examples: Examples) -> None:
         """Adds all new images as they are."""
-        kept = []
-        for label in range(task.total):
-            chosen = (task.examples.labels == label).nonzero().flatten()
-            new = task.examples.images.select(chosen).to(self.device)
-            kept.append(ImageStore.cat([self._held(label), new]))
-        self._hold(kept)
+        labels = examples.labels.cpu()
+        order = labels.argsort(stable=True)
+        images = examples.images.select(order.to(examples.images.pixels.device))
+        self._hold([(self._images, self._labels.cpu()), (images.to(self.device), labels[order])])
 
     def _check_others(self, classes: int, other_nbytes: int) -> None:
         """Refuses a budget that cannot even hold what is not exemplars."""
@@ -312,6 +322,11 @@ class Memory:
             f"would hold one of each.",
             stacklevel=3,
         )
+
+
+def _affordable(cost: Tensor, quota: float) -> int:
+    """Length of the longest prefix that costs no more than the quota; every cost is positive."""
+    return int((cost.cumsum(0) <= quota + _SLACK).sum())
 
 
 def _no_images(device: torch.device) -> ImageStore:

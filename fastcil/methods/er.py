@@ -27,8 +27,8 @@ class ExperienceReplay(Method):
         L = 1 / |B_n ∪ B_M|  sum over (x, y) in B_n ∪ B_M of  -log softmax(z(x))_y ,
 
     so new data and memory weigh the same unless memory holds less than a batch. While it is empty
-    only B_n is there. Exemplars are chosen at random, once per task: the paper's reservoir fills while
-    the stream passes, with the same distribution at the end of a single pass.
+    only B_n is there. Exemplars are chosen at random, once per task: the paper's reservoir fills
+    while the stream passes, with the same distribution at the end of a single pass.
 
     Example:
         >>> ExperienceReplay.selection

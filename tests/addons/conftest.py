@@ -17,6 +17,7 @@ from fastcil.data import Examples, ImageStore
 from fastcil.nn import LinearHead, Network
 
 SIDE = 16
+RECIPE = Recipe(epochs=4, lr=0.05, batch_size=8, weight_decay=0.0)
 
 
 class Backbone(nn.Module):
@@ -44,8 +45,14 @@ class FakeContext:
     def __init__(self, backbone: Callable[[], nn.Module] = Backbone) -> None:
         self.make_backbone = backbone
         self.scans = 0
+        self.seen: dict[int, tuple[Examples, Tensor]] = {}
 
     def images(self, examples: Examples) -> Tensor:
+        if id(examples) not in self.seen:
+            self.seen[id(examples)] = (examples, self.read(examples))
+        return self.seen[id(examples)][1]
+
+    def read(self, examples: Examples) -> Tensor:
         squares = [
             F.interpolate(
                 torch.as_tensor(examples.images.image(i)).permute(2, 0, 1)[None].double() / 255,
@@ -76,7 +83,7 @@ class Mine(Method):
 
     @dataclass(frozen=True)
     class Config:
-        recipe: Recipe = Recipe(epochs=4, lr=0.05, batch_size=8, weight_decay=0.0)
+        recipe: Recipe = RECIPE
 
     config: Config
 

@@ -25,7 +25,9 @@ def test_boxes_follow_the_methods_own_network(world):
     with torch.no_grad():
         method.eval()
         maps = method.network.maps(context.images(task.examples))
-    activation = torch.einsum("bchw,bc->bhw", maps, method.network.head.weight[task.examples.labels])
+    activation = torch.einsum(
+        "bchw,bc->bhw", maps, method.network.head.weight[task.examples.labels]
+    )
     for box, a, (height, width) in zip(
         boxes.tolist(), activation, task.examples.images.sizes.tolist(), strict=True
     ):

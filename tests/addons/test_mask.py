@@ -179,8 +179,7 @@ class Oracle:
         loss = self.entropy(logits, inner.labels) + 0.01 * (logits**2).mean()
         slopes = torch.autograd.grad(loss, list(theta.values()), create_graph=create_graph)
         stepped = {
-            name: theta[name] - self.rate * slope
-            for name, slope in zip(theta, slopes, strict=True)
+            name: theta[name] - self.rate * slope for name, slope in zip(theta, slopes, strict=True)
         }
         after = self.logits(self.maps(outer.images, {**fixed, **stepped}))
         return (
@@ -283,7 +282,7 @@ def test_a_mask_step_changes_phi_and_nothing_else(world):
 
 
 def test_exemplars_are_not_composed_again(world):
-    _, addon, stage = compose(world)
+    _, _, stage = compose(world)
     batch = make_batch(6, 1)
     flat = torch.zeros(6, 4, 4, dtype=torch.float64)
     composed = stage._compressed(batch, flat)

@@ -42,9 +42,7 @@ class TinyBackbone(nn.Module):
 
 def read(examples: Examples, index: Sequence[int], flip: bool = False) -> Tensor:
     """Images as they lie in the store, scaled to [-1, 1], [B, 3, h, w]."""
-    if not len(index):
-        return torch.empty(0, 3, SIDE, SIDE)
-    raw = torch.stack([torch.as_tensor(np.asarray(examples.images.image(int(i)))) for i in index])
+    raw = examples.images.pixels.view(-1, SIDE, SIDE, 3)[list(index)]
     images = raw.permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return images.flip(3) if flip else images
 
@@ -113,9 +111,9 @@ def batch_of(stream: Stream, positions: Tensor) -> Batch:
     starts = torch.tensor([0, *[len(p) for p in stream.parts]]).cumsum(0)[:-1]
     part = torch.bucketize(positions.contiguous(), starts, right=True) - 1
     index = positions - starts[part]
-    pairs = [(stream.parts[p], i) for p, i in zip(part.tolist(), index.tolist(), strict=True)]
-    images = torch.cat([read(examples, [i]) for examples, i in pairs])
-    labels = torch.stack([examples.labels[i] for examples, i in pairs])
+    everything = Examples.cat(stream.parts)
+    images = read(everything, positions.tolist())
+    labels = everything.labels[positions]
     return Batch(images, labels, part, index)
 
 

@@ -22,6 +22,8 @@ def test_starts_as_the_best_fit_to_relu():
     error = (value - GRID.relu()).abs()
     assert 0.0299 < error.max() < 0.0301
     assert abs(fit.max_error - error.max()) < 1e-4
+    stored = torch.cat([*activation.parameters()]).detach()
+    torch.testing.assert_close(stored, torch.cat([*fit[:2]]), rtol=1e-5, atol=1e-6)
     assert 0.0050 < error.square().mean().sqrt() < 0.0052
     assert activation.degrees == (5, 4)
     assert [p.shape for p in activation.parameters()] == [(6,), (4,)]
@@ -34,9 +36,9 @@ def test_other_forms_start_as_relu_too(version):
 
 
 def test_starts_as_any_function():
-    activation = Pade((5, 4), init=torch.tanh)
+    activation = Pade((3, 3), "B", init=torch.tanh)
     x = GRID.float()
-    torch.testing.assert_close(activation(x), x.tanh(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(activation(x), x.tanh(), rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from torch.nn import functional
 from fastcil import ops
 from fastcil.nn import fit_rational
 
-GRID = torch.linspace(-3, 3, 2001, dtype=torch.float64)
+GRID = torch.linspace(-3, 3, 601, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
     ("function", "degrees", "version", "error"),
     [
-        (torch.tanh, (5, 4), "A", 1e-5),
+        (torch.tanh, (3, 3), "A", 2e-3),
         (functional.silu, (5, 4), "A", 1e-5),
         (functional.gelu, (5, 4), "B", 2e-3),
         (functional.gelu, (5, 4), "C", 2e-3),
@@ -54,9 +54,14 @@ def test_no_small_change_fits_better(version):
 
 
 def test_the_same_input_gives_the_same_coefficients():
-    first, second = fit_rational(torch.tanh), fit_rational(torch.tanh)
-    assert torch.equal(first.numerator, second.numerator)
-    assert torch.equal(first.denominator, second.denominator)
+    first = fit_rational(torch.tanh, (3, 3), "B")
+    for size in (1, 100, 10_001):
+        # Other addresses for what the fit allocates.
+        held = torch.zeros(size)
+        again = fit_rational(torch.tanh, (3, 3), "B")
+        assert torch.equal(first.numerator, again.numerator)
+        assert torch.equal(first.denominator, again.denominator)
+        del held
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,212 @@
+"""`load` and `load_examples`: whatever the source is, the same packed Dataset or Examples."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastcil.data import arrays, cifar, folder, scenes, torch_datasets
+from fastcil.data.places import resolve
+from fastcil.data.store import Dataset, Examples
+from fastcil.errors import DataError
+
+_SCENES = ("classes", "size", "train_per_class", "test_per_class", "seed")
+_NAMES = ("class_names",)
+_FORMS = (
+    'give a path, "scenes", "cifar10", "cifar100", ((x_train, y_train), (x_test, y_test)), a pair'
+    " of map-style torch data sets, or a Dataset"
+)
+_EXAMPLE_FORMS = (
+    "give a path, (x, y), (x, y, class_names), a mapping of class names to images, a map-style"
+    " torch data set, or a Dataset"
+)
+
+
+def load(source: Any, *, skip_bad: bool = False, download: bool = False, **options: Any) -> Dataset:
+    """Read a data set of any kind into packed uint8 images at their own resolution.
+
+    | source | what it is | options |
+    |---|---|---|
+    | ``"scenes"`` | drawn by fastcil: `fastcil.data.scenes.make_scenes` | classes, size, ... |
+    | ``"cifar10"``, ``"cifar100"`` | the original binary archives, or a path to one | |
+    | folder or ``.tar`` | ``train/<class>/...`` and ``test/<class>/...`` (or ``val/``) | |
+    | ``.npz`` | ``x_train, y_train, x_test, y_test`` | class_names |
+    | ``((x_train, y_train), (x_test, y_test))`` | uint8 arrays or tensors | class_names |
+    | ``(train, test)`` | map-style torch data sets of (image, label) | class_names |
+    | Dataset | returned as it is | |
+
+    A relative path that does not exist is looked for under FASTCIL_DATA. Float images of torch
+    data sets are taken to lie in [0, 1] and are scaled to 0..255. The EXIF orientation of image
+    files is applied.
+
+    Args:
+        source: see the table.
+        skip_bad: leave out what is bad (images that do not decode, labels out of range, classes
+            without training or test images) and list it in `Dataset.skipped`, instead of raising.
+        download: fetch CIFAR to ~/.cache/fastcil if it is nowhere.
+        **options: see the table.
+
+    Returns:
+        The data set; every class has at least one training and one test image.
+
+    Raises:
+        DataError: If the source is bad; one sentence says where, what, and what would do.
+
+    Example:
+        >>> data = load("scenes", classes=2, train_per_class=4, test_per_class=1)
+        >>> len(data.train), len(data.test), data.class_names
+        (8, 2, ('wheel', 'star'))
+    """
+    reader, allowed, what = _reader(source, skip_bad, download)
+    for option in options:
+        if option not in allowed:
+            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
+            raise DataError(f"{what} has no option {option!r}; {takes}")
+    return reader(**options)
+
+
+_Reader = tuple[Callable[..., Dataset], tuple[str, ...], str]
+
+
+def _reader(source: Any, skip_bad: bool, download: bool) -> _Reader:
+    """Choose who reads a source: the function, its options, and what the source is called."""
+    if isinstance(source, Dataset):
+        return lambda: source, (), "a Dataset"
+    if isinstance(source, (str, os.PathLike)):
+        return _path_reader(source, skip_bad, download)
+    if isinstance(source, (tuple, list)) and len(source) == 2:
+        train, test = source
+        if _is_pair(train) and _is_pair(test):
+            return (
+                lambda **o: arrays.load_arrays(train, test, skip_bad=skip_bad, **o),
+                _NAMES,
+                "a pair of arrays",
+            )
+        if _is_map_style(train) and _is_map_style(test):
+            return (
+                lambda **o: torch_datasets.load_torch_datasets(train, test, skip_bad=skip_bad, **o),
+                _NAMES,
+                "a pair of torch data sets",
+            )
+    raise DataError(f"source is {_describe(source)}; {_FORMS}")
+
+
+def _path_reader(source: str | os.PathLike[str], skip_bad: bool, download: bool) -> _Reader:
+    if source == "scenes":
+        return scenes.make_scenes, _SCENES, "scenes"
+    if source in cifar.ARCHIVES:
+        return lambda: cifar.load_cifar(str(source), download=download), (), str(source)
+    path = resolve(source)
+    kind = cifar.find_cifar(path)
+    if kind is not None:
+        return lambda: cifar.load_cifar(kind, path=path), (), kind
+    if path.suffix == ".npz":
+        return lambda **o: arrays.load_npz(path, skip_bad=skip_bad, **o), _NAMES, str(path)
+    _check_tree(path)
+    return lambda: folder.load_folder(path, skip_bad=skip_bad), (), str(path)
+
+
+def _check_tree(path: Path) -> None:
+    """Refuse a file that is no tar; one that says it is a tar is left to its reader's message."""
+    names_tar = ".tar" in path.name or path.suffix in (".tgz", ".tbz2", ".txz")
+    if path.is_file() and not names_tar and not tarfile.is_tarfile(path):
+        raise DataError(f"{path} is neither a folder nor a .tar nor a .npz; give one of these")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2
+
+
+def _is_map_style(value: Any) -> bool:
+    arrays_and_strings = (str, bytes, Mapping, np.ndarray, torch.Tensor)
+    has_items = hasattr(value, "__getitem__") and hasattr(value, "__len__")
+    return has_items and not isinstance(value, arrays_and_strings)
+
+
+def _describe(source: Any) -> str:
+    if isinstance(source, (tuple, list)):
+        inside = ", ".join(type(item).__name__ for item in source[:4])
+        return f"a {type(source).__name__} of {len(source)} ({inside})"
+    return f"a {type(source).__name__}"
+
+
+def load_examples(source: Any, *, skip_bad: bool = False) -> tuple[Examples, tuple[str, ...]]:
+    """Read the images of some classes, for `fastcil.Learner.learn`.
+
+    | source | what it is |
+    |---|---|
+    | folder or ``.tar`` | ``<class>/...``; with ``train/<class>/...``, that part |
+    | ``.npz`` | ``x_train, y_train`` and perhaps ``class_names`` |
+    | ``(x, y)``, ``(x, y, class_names)`` | uint8 arrays or tensors, or a list of images |
+    | mapping | class name to a batch or list of its images |
+    | map-style torch data set | items (image, label); its ``classes`` are the names |
+    | Dataset, ``"scenes"``, ``"cifar10"``, ``"cifar100"`` | the training part |
+
+    Without class names, the labels that occur are the classes, in ascending order, and their
+    decimal forms are the names.
+
+    Args:
+        source: see the table.
+        skip_bad: leave out what is bad, with one warning that counts it, instead of raising.
+
+    Returns:
+        The examples, labelled by position in the class names, and the class names.
+
+    Raises:
+        DataError: If the source is bad; one sentence says where, what, and what would do.
+
+    Example:
+        >>> import numpy as np
+        >>> examples, names = load_examples({"cat": [np.zeros((8, 6, 3), np.uint8)]})
+        >>> len(examples), names
+        (1, ('cat',))
+    """
+    skipped: list[str] = []
+    found = _read_examples(source, skip_bad, skipped)
+    if skipped:
+        warnings.warn(f"{len(skipped)} left out, the first: {skipped[0]}", stacklevel=2)
+    return found
+
+
+def _read_examples(
+    source: Any, skip_bad: bool, skipped: list[str]
+) -> tuple[Examples, tuple[str, ...]]:
+    if isinstance(source, Dataset):
+        return source.train, source.class_names
+    if isinstance(source, (str, os.PathLike)):
+        return _path_examples(source, skip_bad, skipped)
+    if isinstance(source, Mapping):
+        return arrays.examples_of_dict(source)
+    if isinstance(source, tuple) and len(source) in (2, 3):
+        names = source[2] if len(source) == 3 else None
+        return arrays.examples_of_arrays(source[0], source[1], names, skip_bad, skipped)
+    if _is_map_style(source) and not isinstance(source, tuple):
+        names, what = torch_datasets.own_class_names(source), "the data set"
+        classes = None if names is None else len(names)
+        items = torch_datasets.read_torch_dataset(source, what, classes, skip_bad, skipped)
+        return arrays.name_examples(items.images, items.labels, names, what, skip_bad, skipped)
+    raise DataError(f"data is {_describe(source)}; {_EXAMPLE_FORMS}")
+
+
+def _path_examples(
+    source: str | os.PathLike[str], skip_bad: bool, skipped: list[str]
+) -> tuple[Examples, tuple[str, ...]]:
+    path = None if source == "scenes" or source in cifar.ARCHIVES else resolve(source)
+    if path is None or cifar.find_cifar(path) is not None:
+        data = load(source)
+        return data.train, data.class_names
+    if path.suffix == ".npz":
+        batch = arrays.read_npz(path, arrays.NPZ_KEYS[:2])
+        names = batch["class_names"].tolist() if "class_names" in batch else None
+        return arrays.examples_of_arrays(
+            batch["x_train"], batch["y_train"], names, skip_bad, skipped
+        )
+    _check_tree(path)
+    return folder.examples_of_folder(path, skip_bad, skipped)

@@ -1,0 +1,143 @@
+"""Everything that decides what a run computes, and the directory that holds such a run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from fastcil.data import Dataset, load
+from fastcil.engine.environment import environment
+from fastcil.engine.options import Settings, make_settings
+from fastcil.engine.scenario import Scenario, make_scenario
+from fastcil.engine.state import write_atomically
+from fastcil.errors import FastcilError
+from fastcil.memory import Budget
+
+# Options that change how a run is watched, not what it computes.
+_FREE = ("progress", "tensorboard", "checkpoint_seconds", "threads", "scan_batch")
+
+
+@dataclass
+class Plan:
+    """Everything that decides what a run computes."""
+
+    settings: Settings
+    dataset: Dataset
+    scenario: Scenario
+    budget: Budget
+    seeds: tuple[int, ...]
+    device: str
+    data_name: str
+    backbone: Callable[[], torch.nn.Module] | None = None
+
+    def config(self) -> dict[str, Any]:
+        """As `config.yaml` holds it."""
+        return {
+            "method": self.settings.method,
+            "data": self.data_name,
+            "scenario": self.scenario.name,
+            "memory": str(self.budget),
+            "codec": self.settings.codec,
+            "seeds": list(self.seeds),
+            "device": self.device,
+            **{k: v for k, v in self.settings.as_dict().items() if k not in ("method", "codec")},
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What an unfinished run must share to be gone on with."""
+        config = self.config()
+        config["engine"] = {k: v for k, v in config["engine"].items() if k not in _FREE}
+        config.pop("seeds")
+        config["images"] = fingerprint(self.dataset)
+        return config
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A checksum that tells whether two data sets are the same: sizes, labels, sampled pixels."""
+    value = zlib.crc32("\0".join(dataset.class_names).encode())
+    for part in (dataset.train, dataset.test):
+        pixels = part.images.pixels
+        sample = pixels[:: max(1, len(pixels) // (1 << 20))]
+        for tensor in (part.images.geometry, part.labels, sample):
+            value = zlib.crc32(np.ascontiguousarray(tensor.cpu().numpy()).tobytes(), value)
+    return f"{len(dataset.train)}+{len(dataset.test)} images, crc32 {value:08x}"
+
+
+def make_plan(
+    method: str,
+    data: Any,
+    scenario: str | Scenario,
+    memory: str | Budget,
+    codec: str | None,
+    seeds: Sequence[int],
+    device: str,
+    backbone: Callable[[], torch.nn.Module] | None,
+    options: Mapping[str, Any],
+) -> Plan:
+    """Checks every argument, and reads the data, before anything is written."""
+    settings = make_settings(method, options, codec)
+    budget = memory if isinstance(memory, Budget) else Budget.parse(memory)
+    if not seeds or len(set(seeds)) != len(seeds) or any(s < 0 for s in seeds):
+        raise FastcilError(
+            f"seeds is {tuple(seeds)}; give one or more different whole numbers from 0 on."
+        )
+    groups = settings.groups
+    dataset = load(data, skip_bad=groups["load"].skip_bad, download=groups["load"].download)
+    return Plan(
+        settings,
+        dataset,
+        make_scenario(scenario, dataset, settings.engine.order_seed),
+        budget,
+        tuple(seeds),
+        device,
+        str(data) if isinstance(data, (str, Path)) else dataset.name,
+        backbone,
+    )
+
+
+def claim(folder: Path, plan: Plan) -> None:
+    """Makes the run directory, or checks that what lies there is the same run.
+
+    Raises:
+        FastcilError: It holds a run of another config; the differences are named.
+    """
+    identity = folder / "identity.yaml"
+    now = yaml.safe_load(yaml.safe_dump(plan.identity()))
+    if identity.is_file():
+        before = yaml.safe_load(identity.read_text(encoding="utf-8"))
+        differences = _differences(before, now)
+        if differences:
+            raise FastcilError(
+                f"run_dir is '{folder}', which holds a run of another config "
+                f"({'; '.join(differences)}); use another directory, or the same options."
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise FastcilError(
+            f"run_dir is '{folder}', which is not empty and holds no run; use an empty one."
+        )
+    else:
+        write_atomically(identity, yaml.safe_dump(now, sort_keys=False).encode())
+    write_atomically(
+        folder / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False).encode()
+    )
+    write_atomically(
+        folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode()
+    )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Options whose values differ: ``name: old, now new``."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in [*before, *(k for k in now if k not in before)]
+            for line in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if before == now else [f"{name} was {before}, now {now}"]

@@ -1,0 +1,73 @@
+"""Metrics against their definitions written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fastcil.engine import metrics
+
+
+def naive_matrix(correct, count, tasks):
+    matrix = [[math.nan] * len(tasks) for _ in tasks]
+    for t in range(len(tasks)):
+        start = 0
+        for j in range(t + 1):
+            right = total = 0
+            for c in range(start, start + tasks[j]):
+                right += correct[t][c]
+                total += count[t][c]
+            start += tasks[j]
+            matrix[t][j] = 100 * right / total
+    return np.array(matrix)
+
+
+@pytest.fixture
+def counts():
+    rng = np.random.default_rng(0)
+    tasks = [3, 2, 2, 1]
+    known = np.cumsum(tasks)
+    count = [rng.integers(5, 20, k).tolist() for k in known]
+    correct = [[int(rng.integers(0, n + 1)) for n in row] for row in count]
+    return tasks, correct, count
+
+
+def test_accuracy_matrix_of_uneven_tasks(counts):
+    tasks, correct, count = counts
+    ours = metrics.accuracy_matrix(correct, count, tasks)
+    np.testing.assert_allclose(ours, naive_matrix(correct, count, tasks))
+
+
+def test_curve_pools_images_not_tasks(counts):
+    _, correct, count = counts
+    expected = [100 * sum(a) / sum(b) for a, b in zip(correct, count, strict=True)]
+    np.testing.assert_allclose(metrics.accuracy_curve(correct, count), expected)
+
+
+def test_forgetting_and_backward_transfer(counts):
+    tasks, correct, count = counts
+    a = naive_matrix(correct, count, tasks)
+    last = len(tasks) - 1
+    forgotten = [max(a[t][j] for t in range(j, last)) - a[last][j] for j in range(last)]
+    moved = [a[last][j] - a[j][j] for j in range(last)]
+    assert metrics.forgetting(a) == pytest.approx(sum(forgotten) / last)
+    assert metrics.backward_transfer(a) == pytest.approx(sum(moved) / last)
+
+
+def test_one_task_forgets_nothing():
+    matrix = np.array([[70.0]])
+    assert metrics.forgetting(matrix) == metrics.backward_transfer(matrix) == 0.0
+
+
+@pytest.mark.parametrize("n, quantile", [(3, 4.302653), (5, 2.776445), (10, 2.262157)])
+def test_interval_is_students(n, quantile):
+    values = np.random.default_rng(n).normal(60, 5, n).tolist()
+    mean, half = metrics.mean_interval(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert half == pytest.approx(quantile * np.std(values, ddof=1) / math.sqrt(n), rel=1e-5)
+
+
+def test_no_interval_of_two():
+    assert metrics.mean_interval([1.0, 3.0]) == (2.0, None)

@@ -1,0 +1,87 @@
+"""Scenarios: class order, splits, and the labels that tasks see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastcil.data import Dataset, Examples, ImageStore
+from fastcil.engine.scenario import Arrival, Scenario, class_order, make_scenario, pick
+from fastcil.engine.scenario import split_classes
+from fastcil.errors import FastcilError
+
+
+@pytest.mark.parametrize(
+    "text, classes, sizes",
+    [
+        ("lfs-5", 20, [4] * 5),
+        ("lfs-10", 101, [11] + [10] * 9),
+        ("lfs-3", 20, [7, 7, 6]),
+        ("lfs-1", 7, [7]),
+        ("lfh-5", 100, [50] + [10] * 5),
+        ("lfh-2", 7, [4, 2, 1]),
+        ("b0-inc10", 100, [10] * 10),
+        ("b0-inc30", 100, [30, 30, 30, 10]),
+        ("b50-inc5", 100, [50] + [5] * 10),
+        ("b20-inc20", 20, [20]),
+    ],
+)
+def test_splits(text, classes, sizes):
+    assert split_classes(text, classes) == sizes
+    assert sum(sizes) == classes
+
+
+@pytest.mark.parametrize(
+    "text", ["lfs-0", "lfs-21", "lfs", "LFS-5", "b0-inc0", "b30-inc5", "5", "lfh-11", "b5"]
+)
+def test_bad_names_are_refused_in_one_sentence(text):
+    with pytest.raises(FastcilError, match="scenario is") as caught:
+        split_classes(text, 20)
+    assert "\n" not in str(caught.value)
+
+
+def test_order_is_the_literatures():
+    assert class_order(100, 1993)[:5] == [68, 56, 78, 8, 23]
+    assert sorted(class_order(100, 1993)) == list(range(100))
+    assert class_order(4, None) == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def dataset():
+    labels = torch.tensor([0, 1, 2, 3] * 3)
+    pixels = np.zeros((12, 4, 4, 3), np.uint8)
+    pixels[:, 0, 0, 0] = labels.numpy()
+    examples = Examples(ImageStore.from_batch(pixels), labels)
+    return Dataset("four", examples, examples, ("a", "b", "c", "d"))
+
+
+def test_tasks_get_labels_in_learning_order(dataset):
+    scenario = make_scenario("lfs-2", dataset, 1993)
+    order = scenario.order
+    assert sorted(order) == [0, 1, 2, 3]
+    for number, arrival in enumerate(scenario.arrivals):
+        task = pick(dataset.train, arrival, order)
+        assert sorted(set(task.labels.tolist())) == [2 * number, 2 * number + 1]
+        for k in range(len(task)):
+            original = int(task.images.image(k)[0, 0, 0])
+            assert order[int(task.labels[k])] == original
+
+
+def test_few_shot_and_data_incremental_streams_fit_the_type(dataset):
+    scenario = Scenario(
+        "mine",
+        (
+            Arrival((0, 1, 2, 3), torch.arange(0, 6)),
+            Arrival((0, 1, 2, 3), torch.arange(6, 12)),
+        ),
+    )
+    checked = make_scenario(scenario, dataset)
+    assert checked.order == (0, 1, 2, 3)
+    assert [len(pick(dataset.train, a, checked.order)) for a in checked.arrivals] == [6, 6]
+
+
+@pytest.mark.parametrize("arrivals", [(), (Arrival(()),), (Arrival((0, 9)),)])
+def test_a_scenario_that_does_not_fit_is_refused(dataset, arrivals):
+    with pytest.raises(FastcilError, match="scenario"):
+        make_scenario(Scenario("mine", arrivals), dataset)
