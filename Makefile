@@ -28,7 +28,7 @@ help:
 	@echo "make bench    the benchmarks"
 	@echo "make clean    remove what make made, except the demo's report"
 	@echo
-	@echo "Each sets up what it needs in .venv first, with PYTHON=python3.12, say, if named."
+	@echo "Each first sets up what it needs, in .venv, from python3 or the PYTHON= you name."
 	@echo "VENV=               use that Python and its torch as they are; install nothing"
 	@echo "FASTCIL_NO_EXT=1    leave the C++ kernels out"
 

@@ -163,19 +163,19 @@ inline void mix_block(const Rows& rows, int64_t j, int16_t* line) {
 void blend_rows(Rows& rows, int64_t samples, int16_t* line) {
 #ifdef __AVX2__
   const auto all = [&](auto block) {
-    for (int64_t j = 0; j + 32 <= samples; j += 32) block(rows, j, line);
-    if (samples % 32) block(rows, samples - 32, line);  // some of them a second time
+    for (int64_t j = 0; j + 32 <= samples; j += 32) block(j);
+    if (samples % 32) block(samples - 32);  // some of them a second time
   };
   if (samples >= 32 && rows.bytes.size() == 2 &&
       rows.weights[0] + rows.weights[1] == 1 << kWeightBits) {
-    return all(mix_block);
+    return all([&](int64_t j) { mix_block(rows, j, line); });
   }
   if (samples >= 32 && !rows.bytes.empty()) {
     if (rows.bytes.size() % 2) {
       rows.bytes.push_back(rows.bytes.back());
       rows.weights.push_back(0);
     }
-    return all(blend_block);
+    return all([&](int64_t j) { blend_block(rows, j, line); });
   }
 #endif
   for (int64_t j = 0; j < samples; ++j) {

@@ -59,15 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     from fastcil.engine.arguments import parse_run
-    from fastcil.engine.report import write_report
     from fastcil.engine.run import train
 
     options = parse_run("train", arguments)
     options["run_dir"] = options["run_dir"] or _default_dir(options["method"], options)
     result = train(**options)
     print(result)
-    print(f"report: {write_report(options['run_dir'])}")
-    return 0
+    return _write_report(options["run_dir"])
 
 
 def _compare(arguments: list[str]) -> int:
@@ -75,14 +73,12 @@ def _compare(arguments: list[str]) -> int:
 
     from fastcil.engine.arguments import parse_run
     from fastcil.engine.compare import compare
-    from fastcil.engine.report import write_report
 
     options = parse_run("compare", arguments)
     options["run_dir"] = options["run_dir"] or _default_dir("compare", options)
     comparison = compare(**options)
     Console(width=140 if not sys.stdout.isatty() else None).print(comparison.table())
-    print(f"report: {write_report(options['run_dir'])}")
-    return 0
+    return _write_report(options["run_dir"])
 
 
 def _default_dir(name: str, options: dict[str, Any]) -> str:
@@ -103,9 +99,14 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     from fastcil.engine.arguments import parse_report
+
+    return _write_report(parse_report(arguments))
+
+
+def _write_report(run_dir: str) -> int:
     from fastcil.engine.report import write_report
 
-    print(write_report(parse_report(arguments)))
+    print(f"report: {write_report(run_dir)}")
     return 0
 
 

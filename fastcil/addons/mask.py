@@ -31,7 +31,8 @@ class MaskStage(Stage):
 
     (Eq. 9) through theta+, second derivatives included. theta is what the main stage trains of
     the extractors; heads stay as they are, and so do all batch-norm statistics, for the whole
-    method is in evaluation mode meanwhile (as in the released code).
+    method is in evaluation mode meanwhile (as in the released code). Derivatives that aren't
+    finite, which an overflowing theta+ leads to, count as zero.
 
     Args:
         main: The stage that learns the new data. Its ``logits`` gives the outer loss its scores.
@@ -123,7 +124,10 @@ class MaskStage(Stage):
         full = torch.autocast(inner.images.device.type, enabled=False)
         with evaluating(self.method), full:
             losses = self._outer_losses(inner, outer, stepper.lr / self.recipe.lr)
-            gradients = torch.autograd.grad(total(losses), self._learned)
+            gradients = list(torch.autograd.grad(total(losses), self._learned))
+        # Early in training theta+ may overflow; one such step would spoil phi for good.
+        usable = torch.stack([g.isfinite().all() for g in gradients]).all()
+        gradients = [torch.where(usable, g, 0.0) for g in gradients]
         # A linear function with these gradients: a backward pass through the losses themselves
         # would go on to the gradients of theta, which nobody reads.
         pairs = zip(self._learned, gradients, strict=True)

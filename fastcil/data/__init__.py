@@ -1,6 +1,9 @@
 """Images and labels: stores, readers, augmentation, the embedded default data."""
 
 from fastcil.data.augment import Augmentation as Augmentation
+from fastcil.data.load import load as load
+from fastcil.data.load import load_examples as load_examples
+from fastcil.data.places import resolve as resolve
 from fastcil.data.store import Dataset as Dataset
 from fastcil.data.store import Examples as Examples
 from fastcil.data.store import ImageStore as ImageStore

@@ -35,6 +35,7 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
     | source | what it is | options |
     |---|---|---|
     | ``"scenes"`` | drawn by fastcil: `fastcil.data.scenes.make_scenes` | classes, size, ... |
+    | ``"scenes:classes=8,size=32"`` | the same, options in the name | |
     | ``"cifar10"``, ``"cifar100"`` | the original binary archives, or a path to one | |
     | folder or ``.tar`` | ``train/<class>/...`` and ``test/<class>/...`` (or ``val/``) | |
     | ``.npz`` | ``x_train, y_train, x_test, y_test`` | class_names |
@@ -64,12 +65,29 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
         >>> len(data.train), len(data.test), data.class_names
         (8, 2, ('wheel', 'star'))
     """
+    source, written = _written_options(source)
+    options = {**written, **options}
     reader, allowed, what = _reader(source, skip_bad, download)
     for option in options:
         if option not in allowed:
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
             raise DataError(f"{what} has no option {option!r}; {takes}")
     return reader(**options)
+
+
+def _written_options(source: Any) -> tuple[Any, dict[str, int]]:
+    """Split ``"scenes:classes=8,size=32"`` into its name and its options."""
+    if not isinstance(source, str) or not source.startswith("scenes:"):
+        return source, {}
+    options = {}
+    for item in source.partition(":")[2].split(","):
+        name, _, value = item.partition("=")
+        if not value.strip().lstrip("-").isdigit():
+            raise DataError(
+                f"data is '{source}'; write whole numbers, as in 'scenes:classes=8,size=32'"
+            )
+        options[name.strip()] = int(value)
+    return "scenes", options
 
 
 _Reader = tuple[Callable[..., Dataset], tuple[str, ...], str]

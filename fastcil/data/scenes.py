@@ -186,9 +186,9 @@ def _vivid(d: Draws, label: int) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb(hue % 1, d.uniform(0.5, 1.0), d.uniform(0.65, 1.0))) * 255
 
 
-def _muted(d: Draws) -> np.ndarray:
+def _muted(d: Draws, brightest: float) -> np.ndarray:
     """Draw a colour for what is behind the object, float64 [3] in 0..255."""
-    hue, saturation, value = d.uniform(), d.uniform(0.0, 0.5), d.uniform(0.1, 0.65)
+    hue, saturation, value = d.uniform(), d.uniform(0.0, 0.55), d.uniform(0.1, brightest)
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value)) * 255
 
 
@@ -219,7 +219,7 @@ def _texture(d: Draws, high: int, wide: int) -> np.ndarray:
 
 def _background(d: Draws, size: int) -> np.ndarray:
     """Draw a cluttered background, float32 [size, size, 3]."""
-    first, second = _muted(d), _muted(d)
+    first, second = _muted(d, 0.65), _muted(d, 0.65)
     kind = d.integer(0, 3)
     if kind == 0:
         mix = _clouds(d, size)
@@ -231,7 +231,7 @@ def _background(d: Draws, size: int) -> np.ndarray:
     mix = 0.75 * mix + 0.25 * _clouds(d, size)
     base = first + (second - first) * mix[..., None]
     image = np.clip(base, 0, 255).astype(np.uint8)  # OpenCV antialiases on uint8 only
-    for _ in range(d.integer(3, 8)):
+    for _ in range(d.integer(4, 10)):
         _distract(image, d, size)
     if d.chance(0.4):
         image = cv2.GaussianBlur(image, (0, 0), d.uniform(0.4, 1.2) * size / 64)
@@ -249,7 +249,7 @@ def _clouds(d: Draws, size: int) -> np.ndarray:
 
 def _distract(image: np.ndarray, d: Draws, size: int) -> None:
     """Draw one polygon, blob, line or bent line that belongs to no class."""
-    kind, colour = d.integer(0, 3), _muted(d).tolist()
+    kind, colour = d.integer(0, 3), _muted(d, 0.8).tolist()
     reach = size * d.uniform(0.05, 0.22)
     width = max(1, round(size * d.uniform(0.01, 0.06)))
     if kind == 0:

@@ -15,6 +15,7 @@ import yaml
 from fastcil.data import Dataset, load
 from fastcil.engine.environment import environment
 from fastcil.engine.options import Settings, make_settings
+from fastcil.engine.resolve import pick_device
 from fastcil.engine.scenario import Scenario, make_scenario
 from fastcil.engine.state import write_atomically
 from fastcil.errors import FastcilError
@@ -88,6 +89,7 @@ def make_plan(
         raise FastcilError(
             f"seeds is {tuple(seeds)}; give one or more different whole numbers from 0 on."
         )
+    pick_device(device)
     groups = settings.groups
     dataset = load(data, skip_bad=groups["load"].skip_bad, download=groups["load"].download)
     return Plan(

@@ -28,7 +28,7 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.
     .. math:: L = -\frac{1}{B} \sum_i \sum_c p_{ic} \log q_{ic}, \qquad
         p = \mathrm{softmax}(z^{\mathrm{teacher}} / T), \quad q = \mathrm{softmax}(z / T)
 
-    (Hinton et al. 2015, Eq. 1 and Sec. 2.1), without their factor T^2, as iCaRL, WA, FOSTER and
+    (Hinton et al. 2015, Eq. 1 and Sec. 2), without their factor T^2, as iCaRL, WA, FOSTER and
     others are implemented. Computed in float32.
 
     Args:
@@ -58,8 +58,8 @@ def alignment_weights(counts: Tensor, beta: float) -> Tensor:
 
     .. math:: w_c = C \, \frac{v_c}{\sum_j v_j}, \qquad v_c = \frac{1 - \beta}{1 - \beta^{n_c}}
 
-    (Wang et al. 2022, FOSTER, Sec. 4.1; the inverse effective number of samples of Cui et al. 2019,
-    Eq. 2). Rare classes weigh more; logits are divided by w.
+    (Wang et al. 2022, FOSTER, logits alignment; the inverse effective number of samples of Cui et
+    al. 2019, Proposition 1). Rare classes weigh more; logits are divided by w.
 
     Args:
         counts: Images n_c of each class, at least 1.  # [C]
@@ -94,7 +94,7 @@ def balanced_distillation(
     .. math:: L = -\frac{1}{B} \sum_i \sum_c \tilde p_{ic} \log q_{ic}, \qquad
         \tilde p_{ic} = \frac{w_c p_{ic}}{\sum_j w_j p_{ij}}
 
-    with p and q as in ``distillation`` (Wang et al. 2022, FOSTER, Sec. 4.3, balanced knowledge
+    with p and q as in ``distillation`` (Wang et al. 2022, FOSTER, balanced knowledge
     distillation). Teacher and student share the temperature; there is no factor T^2. Computed in
     float32.
 

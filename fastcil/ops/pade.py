@@ -241,7 +241,7 @@ def pade(x: Tensor, numerator: Tensor, denominator: Tensor, version: str = "A") 
 
     ========= =====================
     A         1 + sum_k abs(b_k x^k), the form of the CIM code
-    B         1 + abs(sum_k b_k x^k) (Molina et al. 2020, Eq. 2)
+    B         1 + abs(sum_k b_k x^k) (Molina et al. 2020's safe form)
     C         0.1 + abs(sum_k b_k x^k)
     nonsafe   1 + sum_k b_k x^k, as Luo et al. 2023 print it: it has poles, and nothing hides them
     ========= =====================

@@ -281,6 +281,12 @@ def test_a_mask_step_changes_phi_and_nothing_else(world):
     assert all(changed)
 
 
+def test_a_step_that_overflows_does_not_spoil_phi(world):
+    method, addon, stage = compose(world, inner_lr=1e300)
+    found = hypergradient(method, addon, stage, make_batch(6, 1), make_batch(5, 2), 1.0)
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in found)
+
+
 def test_exemplars_are_not_composed_again(world):
     _, _, stage = compose(world)
     batch = make_batch(6, 1)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastcil.contract import Kind
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget
 
@@ -159,6 +161,12 @@ def test_quotas_never_add_up_to_more_than_the_limit(budget, classes, other):
         own += other
     assert quota == int(quota) >= 0
     assert own <= Fraction(budget.limit(classes))
+
+
+def test_kinds_that_count():
+    memory = {kind for kind in get_args(Kind) if Budget(1).counts(kind)}
+    assert memory == {"exemplars", "logits", "generator", "codec"}
+    assert all(Budget(1, count="all").counts(kind) for kind in get_args(Kind))
 
 
 def test_quota_needs_a_class():

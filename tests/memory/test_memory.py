@@ -235,6 +235,8 @@ def test_classes_that_come_again_are_selected_anew(codec):
         for picture, i in zip(held[label], mine, strict=True):
             assert np.array_equal(picture, before.images.image(i).numpy())
     assert sorted(held) == [0, 1, 2, 3]
+    labels = memory.examples().labels.tolist()
+    assert labels == sorted(labels)
 
 
 def test_everything_is_kept_raw_whatever_the_budget():

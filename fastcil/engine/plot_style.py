@@ -1,0 +1,121 @@
+"""The look that all plots share: colours, axes, legends, heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_COLOURS = (
+    *("#2b6cb0", "#d1602c", "#2f855a", "#805ad5", "#b7871d", "#b83262", "#2c8f99"),
+    *("#5f6b7a", "#8a5a3a", "#4c51bf"),
+)
+_MARKERS = "osD^vPX*<>"
+INK, SOFT, GRID = "#1d232a", "#55606c", "#dfe3e8"
+_HEAT = LinearSegmentedColormap.from_list("heat", ["#f2f5f9", "#9dbbdc", "#2b6cb0", "#123a68"])
+ANNOTATED = 10
+
+
+def method_colour(number: int) -> str:
+    """The colour of the ``number``-th method of a comparison, as ``#rrggbb``.
+
+    Example:
+        >>> method_colour(0)
+        '#2b6cb0'
+    """
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def line_look(number: int) -> dict[str, Any]:
+    """Colour and marker of the ``number``-th line."""
+    return {
+        "color": method_colour(number),
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "ms": 4.5,
+        "mec": "white",
+        "mew": 0.6,
+    }
+
+
+def make_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that lays itself out."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def name_lines(figure: Figure, axes: Axes) -> None:
+    """Names beside the plot, where they cover nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK
+    )
+
+
+def finish(figure: Figure, *plots: Axes) -> Figure:
+    """The quiet look of all plots; names are never read as formulas."""
+    for axes in plots:
+        axes.set_facecolor("none")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(SOFT)
+        axes.tick_params(labelsize=8.5, colors=SOFT, labelcolor=SOFT, length=3)
+        axes.grid(True, axis="y", color=GRID, lw=0.8)
+        axes.set_axisbelow(True)
+    texts: Iterable[Any] = figure.findobj(Text)
+    for text in texts:
+        text.set_parse_math(False)
+    for axes in figure.axes:
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_fontsize(9)
+            label.set_color(SOFT)
+    return figure
+
+
+def draw_heat(
+    figure: Figure,
+    axes: Axes,
+    values: Array,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    limits: tuple[float, float] | None = None,
+    places: int = 2,
+) -> None:
+    """A heat map with the first row on top; figures in the cells where they are few."""
+    low, high = limits or (np.nanmin(values), np.nanmax(values))
+    high = max(high, low + 1e-12)
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(values), cmap=_HEAT, vmin=low, vmax=high, edgecolors="w", linewidth=0.6
+    )
+    axes.set_ylim(len(values), 0)
+    for names, ticks, labels in (
+        (columns, axes.set_xticks, axes.set_xticklabels),
+        (rows, axes.set_yticks, axes.set_yticklabels),
+    ):
+        step = -(-len(names) // 20)
+        ticks(np.arange(len(names))[::step] + 0.5)
+        labels(names[::step])
+    axes.tick_params(length=0, labelsize=8, colors=SOFT)
+    axes.spines[:].set_visible(False)
+    if max(values.shape) > ANNOTATED:
+        bar = figure.colorbar(mesh, ax=axes, fraction=0.05)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8, colors=SOFT)
+        return
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            light = (value - low) / (high - low) > 0.5
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                f"{value:.{places}f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if light else INK,
+            )

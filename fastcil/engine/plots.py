@@ -1,0 +1,309 @@
+"""Figures of results: matplotlib `Figure` objects, to show, to save or to put in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from fastcil.engine.plot_style import (
+    ANNOTATED,
+    INK,
+    SOFT,
+    draw_heat,
+    finish,
+    line_look,
+    make_figure,
+    method_colour,
+    name_lines,
+)
+from fastcil.engine.result import Result, SeedOutcome
+from fastcil.errors import FastcilError
+from fastcil.memory import Budget
+
+Array = NDArray[np.float64]
+Results = Mapping[str, Result]
+"""Method -> its result, in the order of the legend."""
+
+
+def plot_curves(results: Results, top: int = 1, legend: bool = True) -> Figure:
+    """Accuracy on all classes known, after each task.
+
+    Lines are means over seeds, the band of two or more seeds reaches from the lowest to the
+    highest; a method's other readouts are dashed and have no band.
+
+    Args:
+        results: Method -> result.
+        top: 1, or 5 for top-5 accuracy.
+        legend: Whether to name the methods beside the plot.
+    """
+    figure = make_figure(7.6 if legend else 4.2, 3.9 if legend else 3.1)
+    axes = figure.subplots()
+    for number, (method, result) in enumerate(results.items()):
+        x, label = _steps(result)
+        look = line_look(number)
+        for place, readout in enumerate(result.readouts):
+            mean = result.curve(readout, top)
+            if place:
+                axes.plot(x, mean, "--", lw=1.2, label=f"{method}: {readout}", color=look["color"])
+                continue
+            axes.plot(x, mean, lw=1.9, label=method, **look)
+            if len(result.outcomes) > 1:
+                seeds = np.stack([o.curve(readout, top) for o in result.outcomes])
+                axes.fill_between(
+                    x, seeds.min(0), seeds.max(0), color=look["color"], alpha=0.14, lw=0
+                )
+        axes.set_xticks(x if len(x) <= 12 else x[:: -(-len(x) // 12)])
+        axes.set_xlabel(label)
+    axes.set_ylabel(f"{'' if top == 1 else f'top-{top} '}accuracy, %")
+    axes.set_ylim(0, 100)
+    if legend:
+        name_lines(figure, axes)
+    return finish(figure, axes)
+
+
+def plot_matrix(result: Result, readout: str | None = None, top: int = 1) -> Figure:
+    """Accuracy on each task's classes after each task, mean over seeds; figures up to 10 tasks.
+
+    Args:
+        result: Of one method.
+        readout: Which way to classify; None for the method's own.
+        top: 1 or 5.
+    """
+    matrix = result.matrix(readout, top)
+    tasks = len(matrix)
+    side = 1.2 + min(3.4, 0.44 * max(tasks, 3))
+    figure = make_figure(side + (0.4 if tasks > ANNOTATED else 0), side)
+    axes = figure.subplots()
+    names = [str(t + 1) for t in range(tasks)]
+    draw_heat(figure, axes, matrix, names, names, limits=(0, 100), places=0)
+    axes.set_xlabel("accuracy on the classes of task, %")
+    axes.set_ylabel("after task")
+    return finish(figure)
+
+
+def plot_forgetting(results: Results) -> Figure:
+    """How far each earlier task fell from its best accuracy, after the last task.
+
+    Args:
+        results: Method -> result; each of two tasks or more.
+    """
+    figure = make_figure(7.6, 3.2)
+    axes = figure.subplots()
+    for number, (method, result) in enumerate(results.items()):
+        drops = np.stack([_drops(outcome) for outcome in result.outcomes])  # [seeds, tasks - 1]
+        x = np.arange(1, drops.shape[1] + 1)
+        look = line_look(number)
+        axes.plot(x, drops.mean(0), lw=1.9, label=method, **look)
+        if len(drops) > 1:
+            axes.fill_between(x, drops.min(0), drops.max(0), color=look["color"], alpha=0.14, lw=0)
+    axes.axhline(0, color=SOFT, lw=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("classes of task")
+    axes.set_ylabel("forgetting, points")
+    name_lines(figure, axes)
+    return finish(figure, axes)
+
+
+def plot_memory(results: Results) -> Figure:
+    """What memory holds after each task against what it may hold, and how many exemplars.
+
+    The left axes are in the unit of the first result's budget and show the fullest seed; the
+    right ones count exemplars, mean over seeds.
+
+    Args:
+        results: Method -> result, all with one budget.
+    """
+    first = next(iter(results.values()))
+    unit = Budget.parse(first.config["memory"]).unit
+    amounts = {method: held_amounts(result, unit).max(0) for method, result in results.items()}
+    limits = [task.limit for task in first.outcomes[0].tasks if task.limit is not None]
+    scale, name = 1.0, "raw images"
+    if unit == "bytes":
+        scale, name = byte_scale(max([*limits, *(float(a.max()) for a in amounts.values())]))
+    figure = make_figure(10.6, 3.2)
+    held, count = figure.subplots(1, 2)
+    for number, (method, result) in enumerate(results.items()):
+        x, label = _steps(result)
+        look = line_look(number)
+        held.plot(x, amounts[method] / scale, lw=1.9, label=method, **look)
+        totals = [[sum(task.exemplars) for task in o.tasks] for o in result.outcomes]
+        count.plot(x, np.mean(totals, axis=0), lw=1.9, **look)
+    if limits:
+        x, _ = _steps(first)
+        drawn = np.array(limits) / scale
+        held.plot(x, drawn, color=INK, lw=1.3, ls=(0, (4, 3)), label="limit of the budget")
+    for axes, text in ((held, f"held, {name}"), (count, "exemplars held")):
+        axes.set_xlabel(label)
+        axes.set_ylabel(text)
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(x if len(x) <= 12 else x[:: -(-len(x) // 12)])
+    name_lines(figure, held)
+    return finish(figure, held, count)
+
+
+def plot_exemplars(results: Results) -> Figure:
+    """Exemplars held of each class after the last task, mean over seeds; one strip per method.
+
+    Args:
+        results: Method -> result.
+    """
+    columns = 1 if len(results) == 1 else 2
+    rows = -(-len(results) // columns)
+    figure = make_figure(10.6, 0.5 + 1.35 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(results) :]:
+        axes.set_visible(False)
+    for number, (method, result) in enumerate(results.items()):
+        axes = grid.flat[number]
+        counts = np.mean([o.tasks[-1].exemplars for o in result.outcomes], axis=0)
+        axes.stairs(
+            counts, np.arange(len(counts) + 1) + 0.5, fill=True, color=method_colour(number)
+        )
+        ends = np.cumsum([task.classes for task in result.outcomes[0].tasks])[:-1]
+        axes.vlines(ends + 0.5, 0, 1, transform=axes.get_xaxis_transform(), color=SOFT, lw=0.6)
+        mean = counts.mean() if len(counts) else 0.0
+        axes.set_title(f"{method}: {mean:.1f} per class", fontsize=9, loc="left", color=INK)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        if number >= len(results) - columns:
+            axes.set_xlabel("class, in the order learned")
+            axes.tick_params(labelbottom=True)
+    return finish(figure, *grid.flat)
+
+
+def plot_seconds(results: Results) -> Figure:
+    """Wall time of each task, training to evaluation, mean over seeds.
+
+    Args:
+        results: Method -> result.
+    """
+    figure = make_figure(7.6, 3.0)
+    axes = figure.subplots()
+    for number, (method, result) in enumerate(results.items()):
+        seconds = np.mean([[task.seconds for task in o.tasks] for o in result.outcomes], axis=0)
+        axes.plot(
+            np.arange(1, len(seconds) + 1), seconds, lw=1.9, label=method, **line_look(number)
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("task")
+    axes.set_ylabel("seconds")
+    axes.set_ylim(bottom=0)
+    name_lines(figure, axes)
+    return finish(figure, axes)
+
+
+def plot_record(record: Mapping[str, Any]) -> Figure:
+    """A record of kind ``curve`` or ``matrix``, in the plain form that results hold.
+
+    Args:
+        record: ``kind``, ``title`` and ``payload``; see `fastcil.contract.Record`.
+
+    Raises:
+        FastcilError: Another kind, or a payload that is not of its kind's form.
+
+    Example:
+        >>> payload = {"x": [0, 1], "y": {"loss": [2.0, 1.0]}}
+        >>> len(plot_record({"kind": "curve", "title": "Loss", "payload": payload}).axes)
+        1
+    """
+    kind, title, payload = record["kind"], record["title"], record["payload"]
+    figure = make_figure(5.2, 3.1)
+    axes = figure.subplots()
+    try:
+        if kind == "curve":
+            _draw_lines(axes, payload)
+        elif kind == "matrix":
+            values = np.array(payload["values"], dtype=np.float64)
+            rows, columns = ([str(n) for n in payload[side]] for side in ("rows", "columns"))
+            draw_heat(figure, axes, values, rows, columns)
+        else:
+            raise FastcilError(f"record '{title}' is of kind '{kind}', which is not drawn as plot.")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, FastcilError):
+            raise
+        raise FastcilError(
+            f"record '{title}' of kind '{kind}' has a payload of another form: {error!r}."
+        ) from error
+    return finish(figure, *([axes] if kind == "curve" else []))
+
+
+def _draw_lines(axes: Axes, payload: Mapping[str, Any]) -> None:
+    """The lines of a curve's payload; a legend where there is more than one."""
+    lines = payload["y"]
+    few = len(payload["x"]) <= 12
+    for number, (name, values) in enumerate(lines.items()):
+        y = np.array(values, dtype=np.float64)
+        look = line_look(number)
+        axes.plot(
+            payload["x"],
+            y,
+            lw=1.6,
+            label=name,
+            color=look["color"],
+            ms=4,
+            marker=look["marker"] if few else None,
+        )
+    axes.set_xlabel(payload.get("xlabel", ""))
+    if few and all(float(v).is_integer() for v in payload["x"]):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(lines) > 1:
+        axes.set_ylabel(payload.get("ylabel", ""))
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    else:
+        axes.set_ylabel(payload.get("ylabel") or next(iter(lines), ""))
+
+
+def held_amounts(result: Result, unit: str) -> Array:
+    """What counted towards the budget after each task, [seeds, T].
+
+    Args:
+        result: Of one method.
+        unit: ``bytes``, or ``images`` for the papers' accounting.
+    """
+    return np.array(
+        [
+            [t.nbytes["budgeted"] if unit == "bytes" else t.units for t in outcome.tasks]
+            for outcome in result.outcomes
+        ],
+        dtype=np.float64,
+    )
+
+
+def byte_scale(largest: float) -> tuple[float, str]:
+    """The power of 1024 to show bytes in, and its name.
+
+    Args:
+        largest: The largest number of bytes to show.
+
+    Example:
+        >>> byte_scale(409600), byte_scale(900)
+        ((1024.0, 'KiB'), (1.0, 'B'))
+    """
+    scale = 1.0
+    for name in ("B", "KiB", "MiB", "GiB"):
+        if largest < 1024 * scale or name == "GiB":
+            break
+        scale *= 1024
+    return scale, name
+
+
+def _steps(result: Result) -> tuple[Array, str]:
+    """Where a result's tasks stand on the x axis: by classes known, if every task brought some."""
+    classes = [task.classes for task in result.outcomes[0].tasks]
+    if all(classes):
+        return np.cumsum(classes).astype(np.float64), "classes known"
+    return np.arange(1.0, len(classes) + 1), "task"
+
+
+def _drops(outcome: SeedOutcome) -> Array:
+    """Best past accuracy minus the last, of each task but the last; 0 where it brought no class."""
+    matrix = np.nan_to_num(outcome.accuracy_matrix(), nan=-np.inf)[:, :-1]
+    past, last = matrix[:-1].max(0), matrix[-1]
+    return np.where(np.isfinite(last), past - last, 0.0)

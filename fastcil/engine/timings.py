@@ -1,0 +1,73 @@
+"""Where a run's time went, from its event log."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """One stage of one task.
+
+    Args:
+        task: Number of the task, from 0.
+        stage: The stage's name.
+        seconds: Of all its epochs, companions included.
+        images: Training images read meanwhile.
+    """
+
+    task: int
+    stage: str
+    seconds: float
+    images: float
+
+
+def read_timings(log: Path) -> list[StageTiming]:
+    """What each stage took, in the order of training.
+
+    A run that was stopped and went on has done some epochs twice: the later one counts. Of an
+    epoch that went on in the middle only the second part is known. A line that was cut short is
+    passed over; without the log there are no timings.
+
+    Args:
+        log: ``events.jsonl`` of one seed.
+
+    Example:
+        >>> read_timings(Path("no such file"))
+        []
+    """
+    epochs: dict[tuple[int, str, int, int], tuple[float, float]] = {}
+    task, seen = 0, set()
+    for event in _events(log):
+        if event.get("event") == "task":
+            task, seen = event["task"], set()
+        elif event.get("event") == "epoch":
+            # Two stages of a task may have one name: the same epoch again is the next such stage.
+            turn = 0
+            while (key := (task, event["stage"], turn, event["epoch"])) in seen:
+                turn += 1
+            seen.add(key)
+            epochs[key] = event["seconds"], event["seconds"] * event["rate"]
+    sums: dict[tuple[int, str], tuple[float, float]] = {}
+    for (number, stage, _, _), (seconds, images) in epochs.items():
+        before = sums.get((number, stage), (0.0, 0.0))
+        sums[number, stage] = before[0] + seconds, before[1] + images
+    return [StageTiming(*key, *total) for key, total in sums.items()]
+
+
+def _events(log: Path) -> list[dict[str, Any]]:
+    """The log's whole lines."""
+    if not log.is_file():
+        return []
+    events = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events

@@ -1,0 +1,171 @@
+"""The Learner in production: learns in one process, goes on in another, predicts in a third."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import fastcil
+from fastcil.contract import evaluating
+from fastcil.data import load
+from fastcil.engine.state import load_state
+
+OPTIONS = {
+    "engine.epoch_scale": 0.02,
+    "engine.batch_size": 16,
+    "engine.progress": False,
+    "engine.threads": 1,
+    "network.name": "resnet20",
+    "network.width": 4,
+    "augment.size": 32,
+}
+LEARN = """
+import sys, fastcil
+target, source, *folders = sys.argv[1:]
+options = {options!r}
+if source == "new":
+    learner = fastcil.Learner("foster+cim", memory="150KiB", seed=3, **options)
+else:
+    learner = fastcil.Learner.load(source)
+for folder in folders:
+    learner.learn(folder)
+learner.save(target)
+"""
+PREDICT = """
+import json, sys, cv2, fastcil
+learner = fastcil.Learner.load(sys.argv[1])
+images = [cv2.imread(p, cv2.IMREAD_COLOR_RGB) for p in sys.argv[2:]]
+prediction = learner.predict(images)
+print(json.dumps([list(prediction.names), prediction.scores.tolist()]))
+"""
+
+
+def python(script: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shelves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Path]]:
+    """Two folders of five classes each, and some test images."""
+    root = tmp_path_factory.mktemp("shelves")
+    data = load("scenes", classes=10, size=40, train_per_class=10, test_per_class=2)
+    for k in range(len(data.train)):
+        label = int(data.train.labels[k])
+        folder = root / f"shelf{label // 5}" / data.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image = data.train.images.image(k).numpy()[: 40 - label % 3]
+        cv2.imwrite(str(folder / f"{k:04}.png"), image[..., ::-1])
+    tests = []
+    for k in range(len(data.test)):
+        tests.append(root / f"test{k:03}.png")
+        cv2.imwrite(str(tests[-1]), data.test.images.image(k).numpy()[..., ::-1])
+    return root / "shelf0", root / "shelf1", tests
+
+
+@pytest.fixture(scope="module")
+def saved(shelves, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same two shelves learned in two processes, and in one."""
+    folder = tmp_path_factory.mktemp("learners")
+    first, second, _ = shelves
+    script = LEARN.format(options=OPTIONS)
+    files = {name: folder / f"{name}.safetensors" for name in ("half", "resumed", "whole")}
+    python(script, files["half"], "new", first)
+    python(script, files["resumed"], files["half"], second)
+    python(script, files["whole"], "new", first, second)
+    return files
+
+
+def test_three_processes_equal_one(saved, shelves) -> None:
+    resumed, whole = (load_state(saved[name]) for name in ("resumed", "whole"))
+    assert resumed["class_names"] == whole["class_names"] and len(whole["class_names"]) == 10
+
+    def same(a, b, place=""):
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), place
+            for key in a:
+                same(a[key], b[key], f"{place}.{key}")
+        elif isinstance(a, (list, tuple)):
+            for k, (x, y) in enumerate(zip(a, b, strict=True)):
+                same(x, y, f"{place}[{k}]")
+        elif isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), place
+        else:
+            assert a == b, place
+
+    same(resumed, whole)
+    tests = shelves[2]
+    assert python(PREDICT, saved["resumed"], *tests) == python(PREDICT, saved["whole"], *tests)
+
+
+def test_memory_keeps_its_budget_and_its_classes(saved) -> None:
+    learner = fastcil.Learner.load(saved["whole"])
+    counts = learner.memory.counts(10)
+    assert min(counts) >= 1
+    assert learner.nbytes()["budgeted"] <= 150 * 1024
+
+
+def test_exported_onnx_gives_the_same_logits(saved, tmp_path) -> None:
+    learner = fastcil.Learner.load(saved["whole"])
+    path = learner.export(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in (1, 3, 8):
+        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad(), evaluating(learner.method):
+            expected = learner.method.logits(images).numpy()
+        (got,) = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_exported_program_gives_the_same_logits(saved, tmp_path) -> None:
+    learner = fastcil.Learner.load(saved["whole"])
+    program = torch.export.load(learner.export(tmp_path / "model.pt2", format="torch"))
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), evaluating(learner.method):
+        expected = learner.method.logits(images)
+    torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_predict_takes_images_in_every_form(saved) -> None:
+    learner = fastcil.Learner.load(saved["whole"])
+    images = np.random.default_rng(0).integers(0, 256, (3, 48, 50, 3), dtype=np.uint8)
+    batch = learner.predict(images)
+    assert batch.scores.shape == (3, 10) and len(batch.names) == 3
+    torch.testing.assert_close(batch.scores.sum(1), torch.ones(3))
+    singly = [learner.predict(image) for image in images]
+    listed = learner.predict(list(images))
+    assert batch.names == listed.names == tuple(p.names[0] for p in singly)
+
+
+def test_a_known_class_is_refused_and_nothing_changes(saved, shelves) -> None:
+    learner = fastcil.Learner.load(saved["half"])
+    before = learner.memory.checksum()
+    with pytest.raises(fastcil.FastcilError, match="is known already"):
+        learner.learn(shelves[0])
+    assert learner.memory.checksum() == before and len(learner.class_names) == 5
+
+
+def test_an_untrained_learner_says_so(tmp_path) -> None:
+    learner = fastcil.Learner("finetune", memory="none", **OPTIONS)
+    for attempt in (
+        lambda: learner.predict(np.zeros((4, 4, 3), np.uint8)),
+        lambda: learner.export(tmp_path / "m.onnx"),
+    ):
+        with pytest.raises(fastcil.FastcilError, match="knows no class yet"):
+            attempt()
+    assert not list(tmp_path.iterdir())
