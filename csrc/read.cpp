@@ -111,71 +111,75 @@ struct Rows {
 };
 
 #ifdef __AVX2__
-inline __m256i pair_of_weights(const int16_t* weights) {
-  int32_t pair;
-  std::memcpy(&pair, weights, sizeof(pair));
-  return _mm256_set1_epi32(pair);
-}
-
-// 32 samples from j on; rows come in pairs.
-inline void blend_block(const Rows& rows, int64_t j, int16_t* line) {
+// 32 samples from the j-th on; the rows come in pairs.
+inline void blend_block(const uint8_t* const* rows, const int16_t* weights, size_t taps, int64_t j,
+                        int16_t* line) {
   const __m256i zero = _mm256_setzero_si256();
   const __m256i half = _mm256_set1_epi32(1 << (kLineShift - 1));
   __m256i sum[4] = {half, half, half, half};
-  for (size_t k = 0; k < rows.bytes.size(); k += 2) {
-    const auto load = [&](size_t r) {
-      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.bytes[r] + j));
+  for (size_t k = 0; k < taps; k += 2) {
+    const auto load = [j](const uint8_t* row) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + j));
     };
-    const __m256i a = load(k), b = load(k + 1);
-    const __m256i weight = pair_of_weights(rows.weights.data() + k);
+    const __m256i a = load(rows[k]), b = load(rows[k + 1]);
+    int32_t pair;
+    std::memcpy(&pair, weights + k, sizeof(pair));
+    const __m256i weight = _mm256_set1_epi32(pair);
     const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
-    const auto add = [&](__m256i& total, __m256i samples) {
-      total = _mm256_add_epi32(total, _mm256_madd_epi16(samples, weight));
-    };
-    add(sum[0], _mm256_unpacklo_epi8(low, zero));
-    add(sum[1], _mm256_unpackhi_epi8(low, zero));
-    add(sum[2], _mm256_unpacklo_epi8(high, zero));
-    add(sum[3], _mm256_unpackhi_epi8(high, zero));
+    const __m256i samples[4] = {
+        _mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
+        _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
+    for (int n = 0; n < 4; ++n) {
+      sum[n] = _mm256_add_epi32(sum[n], _mm256_madd_epi16(samples[n], weight));
+    }
   }
   for (auto& total : sum) total = _mm256_srai_epi32(total, kLineShift);
-  const __m256i even = _mm256_packs_epi32(sum[0], sum[1]), odd = _mm256_packs_epi32(sum[2], sum[3]);
-  auto* out = reinterpret_cast<__m256i*>(line + j);
+  const __m256i even = _mm256_packs_epi32(sum[0], sum[1]);
+  const __m256i odd = _mm256_packs_epi32(sum[2], sum[3]);
+  auto* out = reinterpret_cast<__m256i*>(line);
   _mm256_storeu_si256(out, _mm256_permute2x128_si256(even, odd, 0x20));
   _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
 }
 
-// The same for two rows a, b whose weights make 1: a + (b - a) w, in 16 bits and yet exact.
-inline void mix_block(const Rows& rows, int64_t j, int16_t* line) {
-  const __m256i weight = _mm256_set1_epi16(static_cast<int16_t>(2 * rows.weights[1]));
-  for (int64_t half = j; half < j + 32; half += 16) {
-    const auto load = [&](int r) {
-      const auto* samples = reinterpret_cast<const __m128i*>(rows.bytes[r] + half);
+// 32 samples of two rows a, b whose weights make 1: a + (b - a) w, in 16 bits and yet exact.
+inline void mix_block(const uint8_t* a, const uint8_t* b, __m256i twice_weight, int16_t* line) {
+  for (int half = 0; half < 32; half += 16) {
+    const auto load = [half](const uint8_t* row) {
+      const auto* samples = reinterpret_cast<const __m128i*>(row + half);
       return _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(samples)), kLineBits);
     };
-    const __m256i a = load(0), b = load(1);
-    // mulhrs rounds (b - a) 2^7 * 2 w at 2^15: the bits that this drops are those of a w.
-    const __m256i step = _mm256_mulhrs_epi16(_mm256_sub_epi16(b, a), weight);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + half), _mm256_add_epi16(a, step));
+    const __m256i from = load(a), to = load(b);
+    // mulhrs rounds (b - a) 2^7 * 2 w at 2^15: the bits that it drops are those of (b - a) w.
+    const __m256i step = _mm256_mulhrs_epi16(_mm256_sub_epi16(to, from), twice_weight);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + half), _mm256_add_epi16(from, step));
   }
+}
+
+// Calls block(j) for blocks of 32 that cover the samples, the last two of which may overlap.
+template <typename Block>
+inline void for_blocks(int64_t samples, Block block) {
+  for (int64_t j = 0; j + 32 <= samples; j += 32) block(j);
+  if (samples % 32) block(samples - 32);
 }
 #endif
 
 void blend_rows(Rows& rows, int64_t samples, int16_t* line) {
 #ifdef __AVX2__
-  const auto all = [&](auto block) {
-    for (int64_t j = 0; j + 32 <= samples; j += 32) block(j);
-    if (samples % 32) block(samples - 32);  // some of them a second time
-  };
   if (samples >= 32 && rows.bytes.size() == 2 &&
       rows.weights[0] + rows.weights[1] == 1 << kWeightBits) {
-    return all([&](int64_t j) { mix_block(rows, j, line); });
+    const uint8_t *a = rows.bytes[0], *b = rows.bytes[1];
+    const __m256i weight = _mm256_set1_epi16(static_cast<int16_t>(2 * rows.weights[1]));
+    return for_blocks(samples, [=](int64_t j) { mix_block(a + j, b + j, weight, line + j); });
   }
   if (samples >= 32 && !rows.bytes.empty()) {
     if (rows.bytes.size() % 2) {
       rows.bytes.push_back(rows.bytes.back());
       rows.weights.push_back(0);
     }
-    return all([&](int64_t j) { blend_block(rows, j, line); });
+    const auto* bytes = rows.bytes.data();
+    const auto* weights = rows.weights.data();
+    const size_t taps = rows.bytes.size();
+    return for_blocks(samples, [=](int64_t j) { blend_block(bytes, weights, taps, j, line + j); });
   }
 #endif
   for (int64_t j = 0; j < samples; ++j) {

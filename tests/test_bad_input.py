@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def empty_class(root: Path) -> str:
 
 def untrained_class(root: Path) -> str:
     tree(root)
-    (root / "test" / "dog").rename(root / "test" / "wolf")
+    shutil.copytree(root / "test" / "dog", root / "test" / "wolf")
     return str(root)
 
 

@@ -221,15 +221,16 @@ class CIM(Addon):
     def _fit(self, network: Network) -> None:
         """Makes ``phi`` one set of curves per extractor, the newest last."""
         extractors = list(network.extractors)
-        kept = self._curves()[-len(extractors) :]
-        for extractor in extractors[len(kept) :]:
+        curves = self._curves()[-len(extractors) :]
+        for number, extractor in enumerate(extractors):
             places = len(_places(extractor))
-            if kept and len(kept[-1]) == places:
-                kept.append([copy.deepcopy(curve) for curve in kept[-1]])
-            else:
-                kept.append([Pade() for _ in range(places)])
+            if number == len(curves):
+                curves.append([copy.deepcopy(curve) for curve in curves[-1]] if curves else [])
+            # An extractor of another build can't take over what was learned.
+            if len(curves[number]) != places:
+                curves[number] = [Pade() for _ in range(places)]
         like = next(network.extractors.parameters())
-        self.phi = nn.ModuleList(map(nn.ModuleList, kept)).to(like.device, like.dtype)
+        self.phi = nn.ModuleList(map(nn.ModuleList, curves)).to(like.device, like.dtype)
         self.phi.requires_grad_(False)
         self.phi[-1].requires_grad_(True)
 

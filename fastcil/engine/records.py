@@ -27,7 +27,7 @@ def collect_records(learner: Learner, task: Task, gallery: bool) -> list[dict[st
         task: The task.
         gallery: Whether to show exemplars beside their originals.
     """
-    records = [record for part in [learner.method, *learner.addons] for record in part.records()]
+    records = [record for part in learner.parts.learners for record in part.records()]
     if gallery:
         shown = exemplar_gallery(task, learner.memory, learner.class_names)
         records = [shown, *records] if shown.payload["images"] else records

@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from fastcil.contract import Kind
-from fastcil.contract import Kind
 from fastcil.errors import FastcilError
 
 Unit = Literal["bytes", "images"]
@@ -158,15 +157,6 @@ class Budget:
             (True, False)
         """
         return self.count == "all" or kind in ("exemplars", "logits", "generator", "codec")
-
-    def counts(self, kind: Kind) -> bool:
-        """Whether a budget in bytes counts what is retained of this kind.
-
-        Example:
-            >>> Budget(10).counts("logits"), Budget(10).counts("network")
-            (True, False)
-        """
-        return self.count == "all" or kind not in ("curvature", "network")
 
     def limit(self, classes: int) -> float:
         """The most that may be held of ``classes`` classes, in the budget's unit."""

@@ -94,7 +94,7 @@ def test_the_branch_shares_the_living_weights(world):
             assert {id(t) for t in (*network.parameters(), *network.buffers())} <= shared
 
 
-def test_padé_boxes_are_equations_1_and_2_over_all_extractors(world):
+def test_boxes_of_the_branch_are_equations_1_and_2_over_all_extractors(world):
     method, addon, context = compose(world)
     task = world.make_task()
     world.begin(method, addon, task)
@@ -153,6 +153,17 @@ def test_curves_are_carried_over(world, before, counts, after):
     learned = [all(p.requires_grad for p in curves.parameters()) for curves in addon.phi]
     assert learned == [False] * (len(after) - 1) + [True]
     assert addon._learned() == list(addon.phi[-1].parameters())
+
+
+def test_an_extractor_of_another_build_gets_curves_of_its_own(world):
+    method, addon, _ = compose(world)
+    world.begin(method, addon, world.make_task())
+    slim = nn.Sequential(nn.Conv2d(3, 5, 3, stride=4), nn.ReLU()).double()
+    slim.out_channels = 5
+    for extractors in ([world.Backbone(), slim], [slim], [world.Backbone()]):
+        method.network = Network(extractors, LinearHead(5 * len(extractors), 2).double())
+        assert addon._branch()(torch.zeros(2, 3, 16, 16).double()).shape == (2, 2)
+        assert [len(curves) for curves in addon.phi] == [1 if e is slim else 2 for e in extractors]
 
 
 def test_the_first_curves_are_relu(world):

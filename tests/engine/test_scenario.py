@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from fastcil.data import Dataset, Examples, ImageStore
-from fastcil.engine.scenario import Arrival, Scenario, class_order, make_scenario, pick
-from fastcil.engine.scenario import split_classes
+from fastcil.engine.scenario import (
+    Arrival,
+    Scenario,
+    class_order,
+    make_scenario,
+    pick,
+    split_classes,
+)
 from fastcil.errors import FastcilError
 
 

@@ -1,0 +1,110 @@
+"""What the figures say, in a sentence or two, and no more than they say."""
+
+from __future__ import annotations
+
+from fastcil.engine.compare import Comparison
+from fastcil.engine.markup import format_bytes
+from fastcil.engine.metrics import mean_interval
+from fastcil.engine.plots import held_amounts
+from fastcil.engine.result import Result
+from fastcil.memory import Budget
+
+
+def finding(comparison: Comparison) -> str:
+    """The headline: who is best by average accuracy, by how much, and how sure that is.
+
+    Methods that held more than the budget (joint training) are named and not ranked. The
+    difference is that of the best to the runner-up, paired seed by seed; its 95 % interval is
+    given from three seeds on.
+
+    Args:
+        comparison: One method or several.
+    """
+    results = comparison.results
+    if len(results) == 1:
+        return _of_one(*next(iter(results.items())))
+    ranked = sorted(
+        (method for method, result in results.items() if not exceeds_budget(result)),
+        key=lambda method: -results[method].average_accuracy,
+    )
+    parts = []
+    if len(ranked) > 1:
+        parts = _of_first_two(ranked, results)
+    elif ranked:
+        parts = [f"{ranked[0]} is the only method that kept to the budget."]
+    left_out = [method for method in results if method not in ranked]
+    if left_out:
+        verb = "holds" if len(left_out) == 1 else "hold"
+        parts.append(f"{' and '.join(left_out)} {verb} more than the budget: not ranked.")
+    return " ".join(parts)
+
+
+def _of_one(method: str, result: Result) -> str:
+    classes = sum(task.classes for task in result.outcomes[0].tasks)
+    tasks = len(result.outcomes[0].tasks)
+    average, half = mean_interval(result.per_seed("average"))
+    forgets = f", having forgotten {result.forgetting:.1f} points per earlier task"
+    return (
+        f"{method} classifies {result.last_accuracy:.1f} % of the test images of "
+        f"{classes} classes correctly after {tasks} task{'s' * (tasks > 1)}"
+        f"{forgets if tasks > 1 else ''}; guessing would give {100 / max(1, classes):.1f} %. "
+        f"Its average accuracy is {average:.1f} %"
+        f"{_over_seeds(len(result.outcomes), half)}. "
+        f"It keeps {result.exemplars:,.0f} exemplars; {format_bytes(result.nbytes)} count "
+        f"towards the budget."
+    )
+
+
+def _over_seeds(seeds: int, half: float | None) -> str:
+    if half is not None:
+        return f" ± {half:.1f} (95 % interval over {seeds} seeds)"
+    return f" (mean of {seeds} seeds)" if seeds > 1 else " (one seed)"
+
+
+def _of_first_two(ranked: list[str], results: dict[str, Result]) -> list[str]:
+    best, second = results[ranked[0]], results[ranked[1]]
+    seeds = len(best.outcomes)
+    pairs = zip(best.per_seed("average"), second.per_seed("average"), strict=True)
+    gain, half = mean_interval([a - b for a, b in pairs])
+    among = "higher" if len(ranked) == 2 else f"highest of {len(ranked)} methods'"
+    parts = [
+        f"At equal memory, {ranked[0]}'s average accuracy is the {among}: "
+        f"{best.average_accuracy:.1f} %, {gain:.1f} points above {ranked[1]}'s"
+    ]
+    if half is None:
+        few = "one seed" if seeds == 1 else f"{seeds} seeds"
+        parts[0] += f". With {few} there is no interval: take it as an indication."
+    else:
+        settled = gain - half > 0
+        parts[0] += (
+            f" (95 % interval of the paired difference over {seeds} seeds: {gain - half:+.1f} to "
+            f"{gain + half:+.1f}"
+            f"{', not corrected for choosing the best' if len(ranked) > 2 else ''}). "
+            + (
+                "The interval excludes zero."
+                if settled
+                else "It includes zero: these seeds do not settle the order."
+            )
+        )
+    parts.append(
+        f"{ranked[0]} holds {best.exemplars:,.0f} exemplars, {ranked[1]} {second.exemplars:,.0f}."
+    )
+    for method, result in ((ranked[0], best), (ranked[1], second)):
+        beyond = max(o.tasks[-1].nbytes["all"] for o in result.outcomes) - result.nbytes
+        if beyond > 0:
+            parts.append(
+                f"{method} keeps a further {format_bytes(beyond)} that this budget does not count."
+            )
+    return parts
+
+
+def exceeds_budget(result: Result) -> bool:
+    """Whether more was held after some task than the budget allows."""
+    unit = Budget.parse(result.config["memory"]).unit
+    held = held_amounts(result, unit).max(0)
+    limits = [task.limit for task in result.outcomes[0].tasks]
+    # Costs in images are sums of fractions.
+    return any(
+        limit is not None and amount > limit + 1e-6
+        for amount, limit in zip(held, limits, strict=True)
+    )

@@ -1,0 +1,54 @@
+"""The README's blocks run."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fastcil.engine.arguments import parse_run
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.replace("\\\n", " ").splitlines()
+]
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / f"block{number}.py"
+    script.write_text(PYTHON[number], encoding="utf-8")
+    runpy.run_path(str(script), run_name=f"readme_block_{number}")
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_ones_there_are(line: str) -> None:
+    program, command, *arguments = shlex.split(line, comments=True)
+    if program == "make":
+        assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.M)
+    else:
+        assert program == "fastcil"
+        if command in ("train", "compare"):
+            assert parse_run(command, arguments)
+        else:
+            assert command in ("report", "methods", "doctor")
+
+
+def test_the_two_commands_come_first() -> None:
+    assert COMMANDS[0].startswith("make demo") and COMMANDS[1].startswith("make test")
+
+
+def test_a_method_of_ones_own_is_short() -> None:
+    own = next(code for code in PYTHON if "class Mine(Method)" in code)
+    method = own.partition("class Mine(Method)")[2].partition("fastcil.register")[0]
+    assert len([line for line in method.splitlines() if line.strip()]) <= 60
