@@ -1,270 +1,20 @@
 // fastcil::read on the CPU: crops out of packed images, resized, without unpacking them.
-//
-// The arithmetic is that of fastcil/ops/read.py, bit for bit. Rows are blended first, because a
-// row's bytes are contiguous: that leaves only h rows for the pass over pixels.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>
-
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include <optional>
 
 #include "packed.h"
+#include "resample.h"
 
 namespace fastcil {
 namespace {
 
-constexpr int kWeightBits = 14;  // a weight of one still fits int16
-constexpr int kLineBits = 7;     // so does 255 with these bits behind the point
-constexpr int kLineShift = kWeightBits - kLineBits;
-constexpr int kPixelShift = kWeightBits + kLineBits;
-constexpr int kGroup = 8;        // pixels blended together along a row
-constexpr int64_t kPrefetch = 8;  // rows
-constexpr double kFarthest = 65536;
-
-// For each output along one axis: `taps` weights, an even number, from source pixel `first` on.
-struct Axis {
-  int64_t low, high;  // the source pixels that crop and image share
-  int64_t taps;
-  std::vector<int64_t> first;
-  std::vector<int16_t> weights;
-
-  void fit(double begin, double end, int64_t side, int64_t size, bool antialias, bool flip);
-
- private:
-  std::vector<double> centre_, start_, total_, share_;
-  std::vector<int32_t> rounded_;
-};
-
-void Axis::fit(double begin, double end, int64_t side, int64_t size, bool antialias, bool flip) {
-  const double width = antialias ? std::max((end - begin) / size, 1.0) : 1.0;
-  const double covered_low = std::floor(begin), covered_high = std::ceil(end);
-  const auto count = static_cast<int64_t>(std::ceil(2 * width));
-  low = std::clamp<int64_t>(covered_low, 0, side);
-  high = std::clamp<int64_t>(covered_high, low, side);
-  taps = (count + 1) / 2 * 2;
-  centre_.resize(size);
-  start_.resize(size);
-  share_.resize(size);
-  total_.resize(size * count);
-  rounded_.resize(size * count);
-  for (int64_t i = 0; i < size; ++i) {
-    centre_[i] = (i + 0.5) * (end - begin) / size + begin;
-    start_[i] = std::floor(centre_[i] - width + 0.5);
-  }
-  // total_[k] holds the sums of each output's first k + 1 weights: vectorised over the outputs.
-  for (int64_t k = 0; k < count; ++k) {
-    double* total = total_.data() + k * size;
-    const double* before = k > 0 ? total - size : nullptr;
-    for (int64_t i = 0; i < size; ++i) {
-      const double x = start_[i] + k;
-      const double weight = std::max(1 - std::abs(x + 0.5 - centre_[i]) / width, 0.0);
-      const bool covered = x >= covered_low && x < covered_high;
-      total[i] = (before ? before[i] : 0.0) + (covered ? weight : 0.0);
-    }
-  }
-  for (int64_t i = 0; i < size; ++i) share_[i] = (1 << kWeightBits) / total_[size * (count - 1) + i];
-  for (int64_t k = 0; k < count; ++k) {
-    for (int64_t i = 0; i < size; ++i) {
-      rounded_[k * size + i] = static_cast<int32_t>(std::rint(total_[k * size + i] * share_[i]));
-    }
-  }
-  // Whole groups of outputs, the last ones without weight.
-  const int64_t padded = (size + kGroup - 1) / kGroup * kGroup;
-  first.assign(padded, low);
-  weights.assign(padded * taps, 0);
-  for (int64_t i = 0; i < size; ++i) {
-    const int64_t out = flip ? size - 1 - i : i;
-    const auto start = static_cast<int64_t>(start_[i]);
-    first[out] = std::clamp(start, low, std::max(low, high - 1));
-    int16_t* weight = weights.data() + out * taps - first[out];
-    int32_t before = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      const int32_t sum = rounded_[k * size + i];
-      if (start + k >= first[out] && start + k < high) weight[start + k] = sum - before;
-      before = sum;
-    }
-  }
-}
-
-// The rows that one output row is made of.
-struct Rows {
-  std::vector<const uint8_t*> bytes;
-  std::vector<int16_t> weights;
-
-  void clear() {
-    bytes.clear();
-    weights.clear();
-  }
-  void add(const uint8_t* row, int16_t weight) {
-    if (!bytes.empty() && bytes.back() == row) {
-      weights.back() += weight;
-    } else {
-      bytes.push_back(row);
-      weights.push_back(weight);
-    }
-  }
-};
-
-#ifdef __AVX2__
-// 32 samples from the j-th on; the rows come in pairs.
-inline void blend_block(const uint8_t* const* rows, const int16_t* weights, size_t taps, int64_t j,
-                        int16_t* line) {
-  const __m256i zero = _mm256_setzero_si256();
-  const __m256i half = _mm256_set1_epi32(1 << (kLineShift - 1));
-  __m256i sum[4] = {half, half, half, half};
-  for (size_t k = 0; k < taps; k += 2) {
-    const auto load = [j](const uint8_t* row) {
-      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + j));
-    };
-    const __m256i a = load(rows[k]), b = load(rows[k + 1]);
-    int32_t pair;
-    std::memcpy(&pair, weights + k, sizeof(pair));
-    const __m256i weight = _mm256_set1_epi32(pair);
-    const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
-    const __m256i samples[4] = {
-        _mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
-        _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
-    for (int n = 0; n < 4; ++n) {
-      sum[n] = _mm256_add_epi32(sum[n], _mm256_madd_epi16(samples[n], weight));
-    }
-  }
-  for (auto& total : sum) total = _mm256_srai_epi32(total, kLineShift);
-  const __m256i even = _mm256_packs_epi32(sum[0], sum[1]);
-  const __m256i odd = _mm256_packs_epi32(sum[2], sum[3]);
-  auto* out = reinterpret_cast<__m256i*>(line);
-  _mm256_storeu_si256(out, _mm256_permute2x128_si256(even, odd, 0x20));
-  _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
-}
-
-// 32 samples of two rows a, b whose weights make 1: a + (b - a) w, in 16 bits and yet exact.
-inline void mix_block(const uint8_t* a, const uint8_t* b, __m256i twice_weight, int16_t* line) {
-  for (int half = 0; half < 32; half += 16) {
-    const auto load = [half](const uint8_t* row) {
-      const auto* samples = reinterpret_cast<const __m128i*>(row + half);
-      return _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(samples)), kLineBits);
-    };
-    const __m256i from = load(a), to = load(b);
-    // mulhrs rounds (b - a) 2^7 * 2 w at 2^15: the bits that it drops are those of (b - a) w.
-    const __m256i step = _mm256_mulhrs_epi16(_mm256_sub_epi16(to, from), twice_weight);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + half), _mm256_add_epi16(from, step));
-  }
-}
-
-// Calls block(j) for blocks of 32 that cover the samples, the last two of which may overlap.
-template <typename Block>
-inline void for_blocks(int64_t samples, Block block) {
-  for (int64_t j = 0; j + 32 <= samples; j += 32) block(j);
-  if (samples % 32) block(samples - 32);
-}
-#endif
-
-void blend_rows(Rows& rows, int64_t samples, int16_t* line) {
-#ifdef __AVX2__
-  if (samples >= 32 && rows.bytes.size() == 2 &&
-      rows.weights[0] + rows.weights[1] == 1 << kWeightBits) {
-    const uint8_t *a = rows.bytes[0], *b = rows.bytes[1];
-    const __m256i weight = _mm256_set1_epi16(static_cast<int16_t>(2 * rows.weights[1]));
-    return for_blocks(samples, [=](int64_t j) { mix_block(a + j, b + j, weight, line + j); });
-  }
-  if (samples >= 32 && !rows.bytes.empty()) {
-    if (rows.bytes.size() % 2) {
-      rows.bytes.push_back(rows.bytes.back());
-      rows.weights.push_back(0);
-    }
-    const auto* bytes = rows.bytes.data();
-    const auto* weights = rows.weights.data();
-    const size_t taps = rows.bytes.size();
-    return for_blocks(samples, [=](int64_t j) { blend_block(bytes, weights, taps, j, line + j); });
-  }
-#endif
-  for (int64_t j = 0; j < samples; ++j) {
-    int32_t sum = 1 << (kLineShift - 1);
-    for (size_t k = 0; k < rows.bytes.size(); ++k) sum += rows.weights[k] * rows.bytes[k][j];
-    line[j] = static_cast<int16_t>(sum >> kLineShift);
-  }
-}
-
-// What blend_columns reads: for each output pixel where its first tap's sample lies in the line,
-// and the weights, copied into the lanes where they are wanted.
-struct Columns {
-  std::vector<int32_t> samples;
-  std::vector<int16_t> weights;
-
-  void set(const Axis& axis) {
-    const int64_t size = axis.first.size(), taps = axis.taps;
-    samples.resize(size);
-    for (int64_t i = 0; i < size; ++i) samples[i] = 3 * (axis.first[i] - axis.low);
-#ifdef __AVX2__
-    weights.resize(4 * size * taps);
-    int16_t* out = weights.data();
-    for (int64_t i = 0; i < size; i += kGroup) {
-      for (int64_t k = 0; k < taps; k += 2) {
-        for (int64_t n = 0; n < kGroup; ++n, out += 8) {
-          const int16_t* pair = axis.weights.data() + (i + kLane[n]) * taps + k;
-          for (int c = 0; c < 8; c += 2) std::memcpy(out + c, pair, 2 * sizeof(int16_t));
-        }
-      }
-    }
-#else
-    weights = axis.weights;
-#endif
-  }
-
-  static constexpr int kLane[kGroup] = {0, 4, 1, 5, 2, 6, 3, 7};
-};
-
-// One row of output pixels, in whole groups.
-template <int kTaps>  // 0: as many as there are
-void blend_columns(const int16_t* line, const Columns& columns, int64_t taps, uint8_t* out) {
-  if (kTaps) taps = kTaps;
-  const int64_t size = columns.samples.size();
-  const int32_t* samples = columns.samples.data();
-  const int16_t* weights = columns.weights.data();
-#ifdef __AVX2__
-  // R0 G0 B0 R1 G1 B1 .. to R0 R1 G0 G1 B0 B1, and R0 G0 B0 _ R1 G1 B1 _ .. to R0 G0 B0 R1 G1 B1
-  const __m256i by_colour = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1));
-  const __m256i close_up = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
-  const __m256i half = _mm256_set1_epi32(1 << (kPixelShift - 1));
-  for (int64_t i = 0; i < size; i += kGroup, samples += kGroup, out += 3 * kGroup) {
-    __m256i sum[4] = {half, half, half, half};  // pixels 0 and 4, 1 and 5, ...
-    for (int64_t k = 0; k < taps; k += 2, weights += 8 * kGroup) {
-      for (int n = 0; n < 4; ++n) {
-        const auto load = [&](int pixel) {
-          return _mm_loadu_si128(
-              reinterpret_cast<const __m128i*>(line + samples[pixel] + 3 * k));
-        };
-        const __m256i pixels = _mm256_set_m128i(load(n + 4), load(n));
-        const __m256i weight =
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 16 * n));
-        sum[n] = _mm256_add_epi32(
-            sum[n], _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, by_colour), weight));
-      }
-    }
-    for (auto& total : sum) total = _mm256_srai_epi32(total, kPixelShift);
-    const __m256i pixels = _mm256_shuffle_epi8(
-        _mm256_packus_epi16(_mm256_packs_epi32(sum[0], sum[1]),
-                            _mm256_packs_epi32(sum[2], sum[3])),
-        close_up);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(pixels));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 12), _mm256_extracti128_si256(pixels, 1));
-  }
-#else
-  for (int64_t i = 0; i < size; ++i, weights += taps) {
-    int32_t sum[3] = {1 << (kPixelShift - 1), 1 << (kPixelShift - 1), 1 << (kPixelShift - 1)};
-    for (int64_t k = 0; k < taps; ++k) {
-      for (int c = 0; c < 3; ++c) sum[c] += weights[k] * line[samples[i] + 3 * k + c];
-    }
-    for (int c = 0; c < 3; ++c) out[3 * i + c] = static_cast<uint8_t>(sum[c] >> kPixelShift);
-  }
-#endif
-}
+constexpr double kFarthest = 65536;  // of a crop's corner, in pixels
+constexpr int64_t kPrefetch = 8;     // rows
 
 // Reads one image after the other, keeping its buffers.
 class Reader {
@@ -274,17 +24,18 @@ class Reader {
     rows_.fit(crop[0], crop[2], image.height, height, antialias, false);
     columns_.fit(crop[1], crop[3], image.width, width, antialias, flip);
     placed_.set(columns_);
-    const int64_t samples = 3 * (columns_.high - columns_.low);
-    line_.assign(samples + 3 * columns_.taps + 8, 0);
+    row_bytes_ = 3 * (columns_.high - columns_.low);
+    line_.assign(row_bytes_ + 3 * columns_.taps + 8, 0);
     pixels_.resize(3 * columns_.first.size() + 4);
-    if (!image.raw()) prepare(image, samples);
+    asked_for_ = -1;
+    if (!image.raw()) prepare(image);
     for (int64_t i = 0; i < height; ++i) {
       gathered_.clear();
       for (int64_t k = 0; k < rows_.taps; ++k) {
         const int16_t weight = rows_.weights[i * rows_.taps + k];
         if (weight) gathered_.add(row(image, rows_.first[i] + k), weight);
       }
-      blend_rows(gathered_, samples, line_.data());
+      blend_rows(gathered_, row_bytes_, line_.data());
       const auto blend = columns_.taps == 2   ? blend_columns<2>
                          : columns_.taps == 4 ? blend_columns<4>
                                               : blend_columns<0>;
@@ -298,48 +49,55 @@ class Reader {
   Columns placed_;
   Rows gathered_;
   Cells cells_;
-  std::vector<int64_t> same_row_, shown_row_;
+  std::vector<int64_t> same_row_, held_;
   std::vector<uint8_t> shown_, pixels_;
   std::vector<int16_t> line_;
-  int64_t slots_;
+  int64_t row_bytes_, slots_, asked_for_;
 
-  // The last rows of a packed image stay in `shown_`, row y in slot y mod slots_, a power of two:
-  // so many that no two of an output's rows, nor the equal ones that stand for them, are in one slot.
-  void prepare(const PackedImage& image, int64_t samples) {
+  // The last rows of a packed image stay in `shown_`, row y in slot y mod slots_, a power of two.
+  // They are so many that no two of an output's rows, or of the equal rows that stand in for
+  // them, share a slot.
+  void prepare(const PackedImage& image) {
     image.find_cells(columns_.low, columns_.high, cells_);
     const int64_t wanted = rows_.taps + image.height / image.grid_height + 1;
     for (slots_ = 1; slots_ < wanted;) slots_ *= 2;
-    shown_.resize(samples * slots_);
-    shown_row_.assign(slots_, -1);
+    shown_.resize(row_bytes_ * slots_);
+    held_.assign(slots_, -1);
     same_row_.resize(rows_.high - rows_.low);
     for (int64_t y = rows_.low; y < rows_.high; ++y) {
       same_row_[y - rows_.low] = image.same_row(y);
     }
   }
 
+  int64_t slot(int64_t y) const { return y & (slots_ - 1); }
+  bool holds(int64_t y) const { return y >= 0 && held_[slot(y)] == y; }
+
   // The crop's columns of row y.
   const uint8_t* row(const PackedImage& image, int64_t y) {
-    const int64_t low = columns_.low, high = columns_.high;
-    if (image.raw()) {
-      const uint8_t* shown = image.in_box(y, low);
-      // Each image is new to the cache; ask for the rows that come some outputs later.
-      for (int64_t j = 0; j < 3 * (high - low); j += 64) {
-        __builtin_prefetch(shown + 3 * image.width * kPrefetch + j);
-      }
-      return shown;
-    }
+    if (image.raw()) return raw_row(image, y);
     y = same_row_[y - rows_.low];
-    const auto slot = [&](int64_t row) { return shown_.data() + (row & (slots_ - 1)) * 3 * (high - low); };
-    if (shown_row_[y & (slots_ - 1)] != y) {
-      const bool above = y > 0 && shown_row_[(y - 1) & (slots_ - 1)] == y - 1;
-      image.row(y, low, high, cells_, above ? slot(y - 1) : nullptr, slot(y));
-      shown_row_[y & (slots_ - 1)] = y;
+    uint8_t* out = shown_.data() + row_bytes_ * slot(y);
+    if (!holds(y)) {
+      const uint8_t* above = holds(y - 1) ? shown_.data() + row_bytes_ * slot(y - 1) : nullptr;
+      image.row(y, columns_.low, columns_.high, cells_, above, out);
+      held_[slot(y)] = y;
     }
-    return slot(y);
+    return out;
+  }
+
+  const uint8_t* raw_row(const PackedImage& image, int64_t y) {
+    const uint8_t* out = image.in_box(y, columns_.low);
+    if (y > asked_for_) {
+      // The image is new to the cache: ask for a row that will be read soon.
+      asked_for_ = y;
+      const uint8_t* ahead = out + 3 * image.width * kPrefetch;
+      for (int64_t j = 0; j < row_bytes_; j += 64) __builtin_prefetch(ahead + j);
+    }
+    return out;
   }
 };
 
-std::vector<float> whole_or_checked(const c10::optional<at::Tensor>& crops,
+std::vector<float> whole_or_checked(const std::optional<at::Tensor>& crops,
                                     const std::vector<PackedImage>& images) {
   std::vector<float> out;
   out.reserve(4 * images.size());
@@ -364,9 +122,9 @@ std::vector<float> whole_or_checked(const c10::optional<at::Tensor>& crops,
 
 at::Tensor read_cpu(at::TensorList arenas, const at::Tensor& arena, const at::Tensor& offsets,
                     const at::Tensor& geometry, int64_t height, int64_t width,
-                    const c10::optional<at::Tensor>& crops, const c10::optional<at::Tensor>& flips,
-                    const c10::optional<at::Tensor>& views, bool antialias) {
-  const auto contiguous = [](const c10::optional<at::Tensor>& rows) {
+                    const std::optional<at::Tensor>& crops, const std::optional<at::Tensor>& flips,
+                    const std::optional<at::Tensor>& views, bool antialias) {
+  const auto contiguous = [](const std::optional<at::Tensor>& rows) {
     return rows ? rows->contiguous() : at::Tensor();
   };
   std::vector<at::Tensor> buffers;

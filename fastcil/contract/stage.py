@@ -169,5 +169,7 @@ class Stage:
 
 
 def total(losses: Losses) -> Tensor:
-    """The sum of named loss terms."""
-    return torch.stack([value.float() for value in losses.values()]).sum()
+    """The sum of named loss terms, in float32 or better."""
+    return torch.stack(
+        [v.to(torch.promote_types(v.dtype, torch.float32)) for v in losses.values()]
+    ).sum()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from fastcil.data.store import LARGEST_SIDE, Dataset, Examples, ImageStore
+from fastcil.data.store import Dataset, Examples, ImageStore
 from fastcil.errors import DataError
+
+_LARGEST_SIDE = np.iinfo(np.int16).max  # what a geometry row of an ImageStore can hold
 
 
 def check_side(height: int, width: int, where: str) -> None:
@@ -24,9 +27,9 @@ def check_side(height: int, width: int, where: str) -> None:
     Example:
         >>> check_side(480, 640, "a.jpg")
     """
-    if min(height, width) < 1 or max(height, width) > LARGEST_SIDE:
+    if min(height, width) < 1 or max(height, width) > _LARGEST_SIDE:
         raise DataError(
-            f"{where} is {height} x {width} pixels; an image has 1 to {LARGEST_SIDE} pixels a side"
+            f"{where} is {height} x {width} pixels; an image has 1 to {_LARGEST_SIDE} pixels a side"
         )
 
 

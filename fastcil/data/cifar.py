@@ -11,7 +11,6 @@ import http.client
 import os
 import shutil
 import tarfile
-import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -230,12 +229,10 @@ def _examples(data: bytes, where: str, archive: Archive, classes: int) -> Exampl
 
 def _download(archive: Archive, folder: Path) -> Path:
     """Fetch the archive; only a complete and right one appears under its name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=archive.file, suffix=".part")
-    part = Path(name)
+    part = folder / f"{archive.file}.{os.getpid()}.part"
     try:
-        response = urllib.request.urlopen(archive.url, timeout=60)
-        with os.fdopen(handle, "wb") as file, response:
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(archive.url, timeout=60) as response, part.open("wb") as file:
             shutil.copyfileobj(response, file, 1 << 20)
         found = _md5(part)
         if found != archive.md5:

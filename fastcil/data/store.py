@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastcil import ops
 from fastcil.errors import FastcilError
+from fastcil.ops._packed import LARGEST_SIDE, check_images, check_rows
 
-LARGEST_SIDE = 32767
-_ROW_NBYTES = 8 + 16
+_ROW_NBYTES = 8 + 16  # an offset and a row of geometry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageStore:
     """Images of any sizes, one after the other, raw or packed.
 
@@ -29,25 +29,42 @@ class ImageStore:
         offsets: int64 [N], first byte of each image.
         geometry: int16 [N, 8], rows (H, W, y0, x0, y1, x1, gh, gw).
 
+    Raises:
+        TypeError: A buffer of another dtype.
+        FastcilError: A buffer of another shape.
+
     Example:
         >>> store = ImageStore.from_batch(np.zeros((2, 8, 6, 3), dtype=np.uint8))
         >>> len(store), store.nbytes, store.sizes.tolist()
         (2, 336, [[8, 6], [8, 6]])
+        >>> boxes = torch.tensor([[2, 2, 6, 4], [0, 0, 0, 0]], dtype=torch.int16)
+        >>> packed = store.compress(boxes)
+        >>> packed.image_nbytes().tolist()
+        [78, 60]
+        >>> packed.image(0).shape
+        torch.Size([8, 6, 3])
     """
 
     pixels: Tensor  # [P]
     offsets: Tensor  # [N]
     geometry: Tensor  # [N, 8]
 
+    def __post_init__(self) -> None:
+        check_images(self.pixels, self.offsets, self.geometry)
+
+    def __repr__(self) -> str:
+        return f"ImageStore({len(self)} images, {self.nbytes} bytes on {self.pixels.device})"
+
     @classmethod
     def from_images(cls, images: Iterable[np.ndarray[Any, Any] | Tensor]) -> ImageStore:
         """A raw store of images of any sizes.
 
         Args:
-            images: uint8 [H, W, 3] each, RGB.
+            images: uint8 [H, W, 3] each, RGB. Held twice for as long as it takes to join them.
 
         Raises:
-            FastcilError: An image of another form; its position is named.
+            FastcilError: An image of another dtype or shape, or with a side above 32767; its
+                position is named.
         """
         flat: list[Tensor] = []
         sizes: list[tuple[int, int]] = []
@@ -112,29 +129,43 @@ class ImageStore:
         return ops.packed_nbytes(self.geometry) + _ROW_NBYTES
 
     def image(self, index: int) -> Tensor:
-        """One image as it is seen, uint8 [H, W, 3]."""
-        height, width = self.sizes[index].tolist()
-        rows = slice(index, index + 1) if index >= 0 else slice(index, index + 1 or None)
-        pixels, _ = ops.reconstruct(self.pixels, self.offsets[rows], self.geometry[rows])
-        return pixels.reshape(height, width, 3)
+        """One image as it is seen, uint8 [H, W, 3].
+
+        Raises:
+            IndexError: There is no such image.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index is {index}, but there are {len(self)} images")
+        rows = slice(index % len(self), index % len(self) + 1)
+        geometry = self.geometry[rows]
+        pixels, _ = ops.reconstruct(self.pixels, self.offsets[rows], geometry)
+        height, width = geometry[0, :2].tolist()
+        return pixels.view(height, width, 3)
 
     def select(self, index: Tensor | Sequence[int]) -> ImageStore:
         """A compact copy of some images, in the order given.
 
         Args:
             index: int64 [M] positions, or bool [N].
+
+        Raises:
+            IndexError: There is no image at one of the positions.
         """
         index = torch.as_tensor(index, device=self.offsets.device)
         index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
         geometry = self.geometry[index]
         nbytes = ops.packed_nbytes(geometry)
-        starts = nbytes.cumsum(0) - nbytes
-        pixels = torch.empty(int(nbytes.sum()), dtype=torch.uint8, device=self.pixels.device)
-        spans = torch.stack([self.offsets[index], starts, nbytes], 1).tolist()
-        # One slice copy per image: an index per byte would take eight times the memory.
-        for source, target, length in spans:
-            pixels[target : target + length] = self.pixels[source : source + length]
-        return ImageStore(pixels, starts, geometry)
+        sources, targets = self.offsets[index], nbytes.cumsum(0) - nbytes
+        # Images that lie together already move together, one slice for each run of them: an index
+        # for every byte would take eight times the memory.
+        leads = torch.ones_like(sources, dtype=torch.bool)
+        leads[1:] = sources[1:] != (sources + nbytes)[:-1]
+        runs = torch.stack([sources[leads], targets[leads]], 1).tolist()
+        pixels = self.pixels.new_empty(int(nbytes.sum()))
+        stops = [target for _, target in runs[1:]] + [len(pixels)]
+        for (source, target), stop in zip(runs, stops, strict=False):
+            pixels[target:stop] = self.pixels[source : source + stop - target]
+        return ImageStore(pixels, targets, geometry)
 
     @staticmethod
     def cat(stores: Sequence[ImageStore]) -> ImageStore:
@@ -176,11 +207,21 @@ class ImageStore:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> ImageStore:
-        """The store whose `state` it was."""
-        return cls(state["pixels"], state["offsets"], state["geometry"])
+        """The store whose `state` it was.
+
+        Raises:
+            TypeError: A buffer of another dtype.
+            FastcilError: A buffer that is missing, or that does not fit the others.
+        """
+        missing = [name for name in ("pixels", "offsets", "geometry") if name not in state]
+        if missing:
+            raise FastcilError(f"state has no {missing[0]!r}; pass what ImageStore.state() gave")
+        store = cls(state["pixels"], state["offsets"], state["geometry"])
+        check_rows(store.pixels.numel(), store.offsets, store.geometry)
+        return store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples:
     """Images and their labels.
 
@@ -189,13 +230,21 @@ class Examples:
         labels: int64 [N].
 
     Raises:
-        FastcilError: Not one label per image.
+        FastcilError: Labels that are not int64, or not one per image.
+
+    Example:
+        >>> images = ImageStore.from_batch(np.zeros((3, 8, 6, 3), dtype=np.uint8))
+        >>> examples = Examples(images, torch.tensor([0, 1, 0]))
+        >>> len(examples.select(examples.labels == 0))
+        2
     """
 
     images: ImageStore
     labels: Tensor  # [N]
 
     def __post_init__(self) -> None:
+        if self.labels.dtype != torch.int64:
+            raise FastcilError(f"labels is {self.labels.dtype}; it must be torch.int64.")
         if self.labels.shape != (len(self.images),):
             raise FastcilError(
                 f"labels has shape {tuple(self.labels.shape)} for {len(self.images)} images; "
@@ -224,7 +273,7 @@ class Examples:
         return Examples(self.images.to(device), self.labels.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A training part, a test part, and what the labels mean.
 
@@ -236,6 +285,9 @@ class Dataset:
         train_boxes: int16 [N, 4], the objects' true boxes in the training images, if known.
         test_boxes: The same for the test images.
         skipped: Files that could not be used, each with its reason.
+
+    Raises:
+        FastcilError: Not one box per image.
     """
 
     name: str
@@ -246,79 +298,16 @@ class Dataset:
     test_boxes: Tensor | None = None
     skipped: tuple[str, ...] = ()
 
-
-def read_images(
-    stores: Sequence[ImageStore],
-    which: Tensor,
-    index: Tensor,
-    size: tuple[int, int],
-    crops: Tensor | None = None,
-    flips: Tensor | None = None,
-    views: Tensor | None = None,
-    antialias: bool = True,
-) -> Tensor:
-    """Reads a batch from several stores: gathered, cut, resized and mirrored in one operation.
-
-    Args:
-        stores: Where the images are, raw or packed.
-        which: int64 [B], the store of each image.
-        index: int64 [B], its position there.
-        size: Height and width of the batch.
-        crops: float32 [B, 4], see `fastcil.ops.read`.
-        flips: bool [B], which to mirror.
-        views: int16 [B, 6], simulated compression, see `view_geometry`.
-        antialias: Whether shrinking filters.
-
-    Returns:
-        uint8 [B, 3, h, w] in channels_last memory.
-
-    Example:
-        >>> store = ImageStore.from_batch(torch.full((2, 8, 8, 3), 7, dtype=torch.uint8))
-        >>> read_images([store], torch.zeros(1, dtype=torch.int64), torch.tensor([1]), (4, 4)).shape
-        torch.Size([1, 3, 4, 4])
-    """
-    device = stores[0].offsets.device
-    which, index = which.to(device), index.to(device)
-    offsets = torch.zeros_like(index)
-    geometry = offsets.new_zeros((len(index), 8), dtype=torch.int16)
-    for number, store in enumerate(stores):
-        if not len(store):
-            continue
-        mine = which == number
-        # Selecting by mask would make the host wait for a GPU; reading row 0 in vain does not.
-        rows = torch.where(mine, index, 0)
-        offsets = torch.where(mine, store.offsets[rows], offsets)
-        geometry = torch.where(mine[:, None], store.geometry[rows], geometry)
-    return ops.read(
-        [store.pixels for store in stores],
-        which,
-        offsets,
-        geometry,
-        size,
-        crops=None if crops is None else crops.to(device),
-        flips=None if flips is None else flips.to(device),
-        views=None if views is None else views.to(device),
-        antialias=antialias,
-    )
-
-
-def view_geometry(sizes: Tensor, boxes: Tensor, ratio: float = 4.0) -> Tensor:
-    """What makes a raw image read as if it had been packed with a box.
-
-    Args:
-        sizes: int64 [B, 2], heights and widths.
-        boxes: int16 [B, 4], (y0, x0, y1, x1).
-        ratio: Downsampling ratio eta, in area.
-
-    Returns:
-        int16 [B, 6], rows (y0, x0, y1, x1, gh, gw).
-
-    Example:
-        >>> view_geometry(torch.tensor([[9, 8]]), torch.tensor([[1, 2, 3, 4]]))
-        tensor([[1, 2, 3, 4, 4, 4]], dtype=torch.int16)
-    """
-    grid = ops.grids(sizes, ratio)
-    return torch.cat([boxes.to(grid.device, torch.int16), grid.to(torch.int16)], 1)
+    def __post_init__(self) -> None:
+        for name, boxes, examples in (
+            ("train_boxes", self.train_boxes, self.train),
+            ("test_boxes", self.test_boxes, self.test),
+        ):
+            if boxes is not None and boxes.shape != (len(examples), 4):
+                raise FastcilError(
+                    f"{name} has shape {tuple(boxes.shape)} for {len(examples)} images; "
+                    f"it must be [{len(examples)}, 4]."
+                )
 
 
 def _as_tensor(image: Any, name: str) -> Tensor:
@@ -336,6 +325,7 @@ def _as_tensor(image: Any, name: str) -> Tensor:
 
 
 def _check_side(height: int, width: int, name: str) -> None:
+    """Refuse a side that geometry's int16 cannot hold."""
     if not (0 < height <= LARGEST_SIDE and 0 < width <= LARGEST_SIDE):
         raise FastcilError(
             f"{name} is {height} x {width}; sides must be between 1 and {LARGEST_SIDE} pixels."

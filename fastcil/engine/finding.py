@@ -66,29 +66,13 @@ def _of_first_two(ranked: list[str], results: dict[str, Result]) -> list[str]:
     seeds = len(best.outcomes)
     pairs = zip(best.per_seed("average"), second.per_seed("average"), strict=True)
     gain, half = mean_interval([a - b for a, b in pairs])
-    among = "higher" if len(ranked) == 2 else f"highest of {len(ranked)} methods'"
+    superlative = "higher" if len(ranked) == 2 else f"highest of {len(ranked)}"
     parts = [
-        f"At equal memory, {ranked[0]}'s average accuracy is the {among}: "
-        f"{best.average_accuracy:.1f} %, {gain:.1f} points above {ranked[1]}'s"
+        f"At equal memory, {ranked[0]}'s average accuracy is the {superlative}: "
+        f"{best.average_accuracy:.1f} %, against {second.average_accuracy:.1f} % of {ranked[1]}.",
+        _certainty(gain, half, seeds, len(ranked)),
+        f"{ranked[0]} holds {best.exemplars:,.0f} exemplars, {ranked[1]} {second.exemplars:,.0f}.",
     ]
-    if half is None:
-        few = "one seed" if seeds == 1 else f"{seeds} seeds"
-        parts[0] += f". With {few} there is no interval: take it as an indication."
-    else:
-        settled = gain - half > 0
-        parts[0] += (
-            f" (95 % interval of the paired difference over {seeds} seeds: {gain - half:+.1f} to "
-            f"{gain + half:+.1f}"
-            f"{', not corrected for choosing the best' if len(ranked) > 2 else ''}). "
-            + (
-                "The interval excludes zero."
-                if settled
-                else "It includes zero: these seeds do not settle the order."
-            )
-        )
-    parts.append(
-        f"{ranked[0]} holds {best.exemplars:,.0f} exemplars, {ranked[1]} {second.exemplars:,.0f}."
-    )
     for method, result in ((ranked[0], best), (ranked[1], second)):
         beyond = max(o.tasks[-1].nbytes["all"] for o in result.outcomes) - result.nbytes
         if beyond > 0:
@@ -96,6 +80,20 @@ def _of_first_two(ranked: list[str], results: dict[str, Result]) -> list[str]:
                 f"{method} keeps a further {format_bytes(beyond)} that this budget does not count."
             )
     return parts
+
+
+def _certainty(gain: float, half: float | None, seeds: int, methods: int) -> str:
+    """The paired difference, and what may be concluded from it."""
+    if half is None:
+        few = "one seed" if seeds == 1 else f"{seeds} seeds"
+        return f"That is {gain:+.1f} points from {few}, without an interval: only an indication."
+    low, high = gain - half, gain + half
+    chosen = "" if methods == 2 else ", not corrected for having chosen the best,"
+    settled = "excludes zero" if low > 0 else "includes zero: these seeds do not settle the order"
+    return (
+        f"The paired difference over {seeds} seeds is {gain:+.1f} points; "
+        f"its 95 % interval{chosen} is {low:+.1f} to {high:+.1f} and {settled}."
+    )
 
 
 def exceeds_budget(result: Result) -> bool:

@@ -90,10 +90,10 @@ def plot(figure: Figure, description: str, caption: Any = None) -> Html:
     Args:
         figure: The figure.
         description: What a screen reader says; different for every plot of a page.
-        caption: What stands below, or None.
+        caption: What stands above, or None.
     """
-    below = [] if caption is None else [tag("figcaption", caption)]
-    return tag("figure", _svg(figure, description), *below, class_="plot")
+    above = [] if caption is None else [tag("figcaption", caption)]
+    return tag("figure", *above, _svg(figure, description), class_="plot")
 
 
 def _svg(figure: Figure, description: str) -> Html:

@@ -15,6 +15,8 @@ from fastcil.errors import FastcilError
 from fastcil.memory import Budget
 
 _SUMS = ("budgeted", "all")
+_HELD = "Left: the seed that holds most. Right: mean over seeds."
+_READING = f"{_HELD} Methods that hold the same lie on one line."
 
 
 def memory_section(comparison: Comparison) -> Html:
@@ -24,6 +26,7 @@ def memory_section(comparison: Comparison) -> Html:
     columns = ["", "bytes", "counted by the budget", "limit", "most used at any task", "in all"]
     return Html(
         tag("div", plot(plot_memory(results), "Held after each task"), class_="plots")
+        + tag("p", _READING if len(results) > 1 else _HELD, class_="note")
         + tag("h3", "Exemplars of each class, after the last task")
         + tag("div", plot(plot_exemplars(results), "Exemplars of each class"), class_="plots")
         + tag("h3", "Every entry, after the last task")
@@ -95,7 +98,7 @@ def is_gallery(record: Mapping[str, Any]) -> bool:
 
 def records_section(comparison: Comparison) -> Html:
     """What methods and addons left for the report: of each title the last, of the first seed."""
-    parts = []
+    parts: list[Html] = []
     for method, result in comparison.results.items():
         latest = {
             record["title"]: record

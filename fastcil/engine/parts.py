@@ -14,7 +14,7 @@ from fastcil.data import Augmentation
 from fastcil.engine.context import EngineContext
 from fastcil.engine.options import Settings
 from fastcil.engine.resolve import make_augmentation, make_backbone_builder
-from fastcil.memory import Budget, Codec, Memory
+from fastcil.memory import Budget, Codec, Memory, make_codec
 
 
 @dataclass
@@ -115,7 +115,5 @@ def _make_codec(settings: Settings, addons: list[Addon]) -> Codec:
     """The addon's codec, the one asked for, or raw."""
     for addon in addons:
         if addon.brings_codec is not None:
-            codec: Codec = lookup("codec", addon.brings_codec)(**addon.codec_options())
-            return codec
-    plain: Codec = lookup("codec", settings.codec or "raw")()
-    return plain
+            return make_codec(addon.brings_codec, **addon.codec_options())
+    return make_codec(settings.codec or "raw")

@@ -45,6 +45,12 @@ def line_look(number: int) -> dict[str, Any]:
     }
 
 
+def draw_band(axes: Axes, x: Array, seeds: Array, colour: str, bands: int) -> None:
+    """From the lowest of ``seeds`` [S, T] to the highest; fainter the more bands there are."""
+    shade = 0.15 if bands <= 3 else 0.08
+    axes.fill_between(x, seeds.min(0), seeds.max(0), color=colour, alpha=shade, lw=0)
+
+
 def make_figure(width: float, height: float) -> Figure:
     """A figure of so many inches that lays itself out."""
     return Figure(figsize=(width, height), layout="constrained")
@@ -102,6 +108,7 @@ def draw_heat(
         labels(names[::step])
     axes.tick_params(length=0, labelsize=8, colors=SOFT)
     axes.spines[:].set_visible(False)
+    axes.set_facecolor("none")
     if max(values.shape) > ANNOTATED:
         bar = figure.colorbar(mesh, ax=axes, fraction=0.05)
         bar.outline.set_visible(False)

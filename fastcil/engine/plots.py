@@ -15,6 +15,7 @@ from fastcil.engine.plot_style import (
     ANNOTATED,
     INK,
     SOFT,
+    draw_band,
     draw_heat,
     finish,
     line_look,
@@ -42,7 +43,7 @@ def plot_curves(results: Results, top: int = 1, legend: bool = True) -> Figure:
         top: 1, or 5 for top-5 accuracy.
         legend: Whether to name the methods beside the plot.
     """
-    figure = make_figure(7.6 if legend else 4.2, 3.9 if legend else 3.1)
+    figure = make_figure(6.7 if legend else 4.1, 3.6)
     axes = figure.subplots()
     for number, (method, result) in enumerate(results.items()):
         x, label = _steps(result)
@@ -55,13 +56,12 @@ def plot_curves(results: Results, top: int = 1, legend: bool = True) -> Figure:
             axes.plot(x, mean, lw=1.9, label=method, **look)
             if len(result.outcomes) > 1:
                 seeds = np.stack([o.curve(readout, top) for o in result.outcomes])
-                axes.fill_between(
-                    x, seeds.min(0), seeds.max(0), color=look["color"], alpha=0.14, lw=0
-                )
+                draw_band(axes, x, seeds, look["color"], len(results))
         axes.set_xticks(x if len(x) <= 12 else x[:: -(-len(x) // 12)])
         axes.set_xlabel(label)
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    axes.set_ylim(max(0, 10 * ((low - 4) // 10)), min(100, 10 * -(-(high + 4) // 10)))
     axes.set_ylabel(f"{'' if top == 1 else f'top-{top} '}accuracy, %")
-    axes.set_ylim(0, 100)
     if legend:
         name_lines(figure, axes)
     return finish(figure, axes)
@@ -101,7 +101,7 @@ def plot_forgetting(results: Results) -> Figure:
         look = line_look(number)
         axes.plot(x, drops.mean(0), lw=1.9, label=method, **look)
         if len(drops) > 1:
-            axes.fill_between(x, drops.min(0), drops.max(0), color=look["color"], alpha=0.14, lw=0)
+            draw_band(axes, x, drops, look["color"], len(results))
     axes.axhline(0, color=SOFT, lw=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("classes of task")
@@ -162,19 +162,20 @@ def plot_exemplars(results: Results) -> Figure:
     for number, (method, result) in enumerate(results.items()):
         axes = grid.flat[number]
         counts = np.mean([o.tasks[-1].exemplars for o in result.outcomes], axis=0)
-        axes.stairs(
-            counts, np.arange(len(counts) + 1) + 0.5, fill=True, color=method_colour(number)
-        )
+        edges = np.arange(len(counts) + 1) + 0.5
+        axes.stairs(counts, edges, fill=True, color=method_colour(number), alpha=0.8)
         ends = np.cumsum([task.classes for task in result.outcomes[0].tasks])[:-1]
-        axes.vlines(ends + 0.5, 0, 1, transform=axes.get_xaxis_transform(), color=SOFT, lw=0.6)
+        axes.vlines(ends + 0.5, 0, 1, transform=axes.get_xaxis_transform(), color=SOFT, lw=0.7)
         mean = counts.mean() if len(counts) else 0.0
         axes.set_title(f"{method}: {mean:.1f} per class", fontsize=9, loc="left", color=INK)
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         if number >= len(results) - columns:
             axes.set_xlabel("class, in the order learned")
             axes.tick_params(labelbottom=True)
+    top = max(max(o.tasks[-1].exemplars, default=0) for r in results.values() for o in r.outcomes)
+    grid[0, 0].set_ylim(0, 1.05 * max(1, top))
+    grid[0, 0].set_xlim(0.5, max(1.5, float(edges[-1])))
     return finish(figure, *grid.flat)
 
 

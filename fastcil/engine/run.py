@@ -18,6 +18,7 @@ from fastcil.engine.learner import Learner
 from fastcil.engine.options import merge_options
 from fastcil.engine.plan import Plan, claim, make_plan
 from fastcil.engine.progress import make_progress
+from fastcil.engine.records import collect_records
 from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
 from fastcil.engine.scenario import Arrival, Scenario, pick
 from fastcil.engine.state import load_state, save_state
@@ -179,7 +180,7 @@ class SeedRun:
         self._task_began = time.monotonic() - spent
         task, names = self._task(number)
         self.learner.learn_task(task, names, tell, self._save_between_steps, resume)
-        outcome = self._measure(len(names))
+        outcome = self._measure(task, len(names))
         self.outcome.tasks.append(outcome)
         tell("evaluated", self._headline(number, outcome))
         self.learner.method.release()
@@ -205,7 +206,7 @@ class SeedRun:
         )
         return task, [plan.dataset.class_names[order[k]] for k in task.new_classes]
 
-    def _measure(self, classes: int) -> TaskOutcome:
+    def _measure(self, task: Task, classes: int) -> TaskOutcome:
         assert self.learner is not None
         learner, plan = self.learner, self.plan
         order = plan.scenario.order[: len(learner.class_names)]
@@ -220,7 +221,7 @@ class SeedRun:
             limit=None if limit == float("inf") else limit,
             units=learner.memory.units,
             seconds=round(time.monotonic() - self._task_began, 3),
-            records=[asdict(r) for part in learner.parts.learners for r in part.records()],
+            records=collect_records(learner, task, gallery=self.seed == plan.seeds[0]),
         )
 
     def _headline(self, number: int, outcome: TaskOutcome) -> dict[str, Any]:

@@ -73,13 +73,16 @@ def _tiles(comparison: Comparison) -> Html:
         ]
     else:
         fair = {m: r for m, r in results.items() if not exceeds_budget(r)} or results
-        average = max(fair, key=lambda m: fair[m].average_accuracy)
-        last = max(fair, key=lambda m: fair[m].last_accuracy)
-        most = max(fair, key=lambda m: fair[m].exemplars)
         tiles = [
-            ("highest average accuracy", f"{fair[average].average_accuracy:.1f} %", average),
-            ("highest last accuracy", f"{fair[last].last_accuracy:.1f} %", last),
-            ("most exemplars", f"{fair[most].exemplars:,.0f}", most),
+            _leaders(
+                "highest average accuracy",
+                "{:.1f} %",
+                {m: r.average_accuracy for m, r in fair.items()},
+            ),
+            _leaders(
+                "highest last accuracy", "{:.1f} %", {m: r.last_accuracy for m, r in fair.items()}
+            ),
+            _leaders("most exemplars", "{:,.0f}", {m: r.exemplars for m, r in fair.items()}),
         ]
     return tag(
         "div",
@@ -89,6 +92,12 @@ def _tiles(comparison: Comparison) -> Html:
         ),
         class_="tiles",
     )
+
+
+def _leaders(name: str, form: str, values: Mapping[str, float]) -> tuple[str, str, str]:
+    """The largest value, and every method that has it."""
+    largest = max(values.values())
+    return name, form.format(largest), ", ".join(m for m, v in values.items() if v == largest)
 
 
 def method_name(comparison: Comparison, method: str) -> Html:

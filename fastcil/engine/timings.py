@@ -40,7 +40,8 @@ def read_timings(log: Path) -> list[StageTiming]:
         []
     """
     epochs: dict[tuple[int, str, int, int], tuple[float, float]] = {}
-    task, seen = 0, set()
+    task = 0
+    seen: set[tuple[int, str, int, int]] = set()
     for event in _events(log):
         if event.get("event") == "task":
             task, seen = event["task"], set()

@@ -17,6 +17,7 @@ from fastcil.engine.events import Listener
 from fastcil.engine.loader import Loader
 from fastcil.errors import FastcilError
 
+LARGEST = 1e30
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -99,7 +100,11 @@ class _Lane:
         if not self.sums:
             return {}
         values = (torch.stack(list(self.sums.values())) / self.done).tolist()
-        return {name: round(value, 6) for name, value in zip(self.sums, values, strict=True)}
+        # JSON has no infinity; a mask's loss may pass through one and come back.
+        return {
+            name: round(min(max(value, -LARGEST), LARGEST), 6) if value == value else LARGEST
+            for name, value in zip(self.sums, values, strict=True)
+        }
 
     def state(self) -> dict[str, Any]:
         """What resuming needs."""
@@ -214,13 +219,19 @@ class Trainer:
                 images += self._run_step(lane, epoch, step)
             passed += lane.steps
         seconds = time.perf_counter() - started
+        losses = self._lanes[0].mean_losses()
+        if max(map(abs, losses.values()), default=0.0) >= LARGEST:
+            raise FastcilError(
+                f"stage '{stage.name}' diverged in epoch {epoch} (losses {losses}); "
+                f"lower its lr, or clip its gradients."
+            )
         self.tell(
             "epoch",
             {
                 "stage": stage.name,
                 "epoch": epoch,
                 "epochs": stage.recipe.epochs,
-                "losses": self._lanes[0].mean_losses(),
+                "losses": losses,
                 "companions": {lane.stage.name: lane.mean_losses() for lane in self._lanes[1:]},
                 "lr": self._lanes[0].lr,
                 "seconds": round(seconds, 4),

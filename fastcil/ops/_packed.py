@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcil.errors import FastcilError
 
-LONGEST_SIDE = 32767  # the largest int16
+LARGEST_SIDE = 32767  # the largest int16
 
 
 def layout(offsets: Tensor, geometry: Tensor, views: Tensor | None = None) -> Tensor:
@@ -45,9 +45,7 @@ def layout(offsets: Tensor, geometry: Tensor, views: Tensor | None = None) -> Te
     hole = (box[:, :2] - 1) * grid // divisor + 1  # [N, 2]
     extent = box[:, 2:] * grid // divisor - hole
     extent = extent * ((extent > 0).all(1, keepdim=True) & ~simulated)
-    return torch.cat(
-        [offsets.long()[:, None], size, box, grid, hole, extent, simulated.long()], 1
-    )
+    return torch.cat([offsets.long()[:, None], size, box, grid, hole, extent, simulated.long()], 1)
 
 
 def stored_pixels(table: Tensor) -> Tensor:
@@ -77,8 +75,9 @@ def addresses(table: Tensor, y: Tensor, x: Tensor) -> Tensor:
     grid_y = torch.where(
         simulated > 0,
         r * height // rows.clamp(min=1) * width,
-        (y1 - y0) * (x1 - x0) + r * columns - torch.minimum(below.clamp(min=0), hole_rows)
-        * hole_columns,
+        (y1 - y0) * (x1 - x0)
+        + r * columns
+        - torch.minimum(below.clamp(min=0), hole_rows) * hole_columns,
     )
     grid_x = torch.where(simulated > 0, c * width // columns.clamp(min=1), c)
     beside = (below >= 0) & (below < hole_rows)
@@ -95,13 +94,13 @@ def fetch(pixels: Tensor, begins: Tensor) -> Tensor:
     return pixels.unfold(0, 3, 1).index_select(0, begins.flatten()).view(*begins.shape, 3)
 
 
-def check_tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+def check_tensor(
+    name: str, value: object, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> None:
     """Refuse an argument that is not a tensor of this dtype and shape (None: any length)."""
     wanted = "[" + ", ".join("n" if side is None else str(side) for side in shape) + "]"
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} is of type {type(value).__name__}; give a {dtype} tensor {wanted}"
-        )
+        raise TypeError(f"{name} is of type {type(value).__name__}; give a {dtype} tensor {wanted}")
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}; give {dtype} {wanted}")
     fits = value.dim() == len(shape) and all(

@@ -106,9 +106,9 @@ def pack(
         >>> zero = torch.zeros(1, dtype=torch.int64)
         >>> geometry = torch.tensor([[2, 2, 0, 0, 2, 2, 0, 0]], dtype=torch.int16)
         >>> boxes = torch.tensor([[1, 1, 2, 2]], dtype=torch.int16)
-        >>> pack(pixels, zero, geometry, boxes)
-        (tensor([3, 3, 3, 0, 0, 0], dtype=torch.uint8), tensor([0]), \
-tensor([[2, 2, 1, 1, 2, 2, 1, 1]], dtype=torch.int16))
+        >>> packed, _, row = pack(pixels, zero, geometry, boxes)
+        >>> packed.tolist(), row.tolist()
+        ([3, 3, 3, 0, 0, 0], [[2, 2, 1, 1, 2, 2, 1, 1]])
     """
     check_images(pixels, offsets, geometry)
     check_tensor("boxes", boxes, torch.int16, (len(offsets), 4))

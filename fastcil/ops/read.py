@@ -1,9 +1,8 @@
 """``read``: a batch of crops, resized, straight out of packed images.
 
-Both kernels do the same integer arithmetic, so that they agree bit for bit on any device and with
-any number of threads. Per axis, output i is centred on c = begin + (i + 1/2) * scale, and pixel x
-weighs max(0, 1 - |x + 1/2 - c| / width). Weights are rounded to 14 bits, cumulatively, so that they
-sum to one exactly. Rows are blended first, into numbers with 7 bits behind the point, then columns.
+Every kernel does the same integer arithmetic, so that they agree bit for bit on any device and with
+any number of threads. Weights are rounded to 14 bits, cumulatively, so that they sum to one
+exactly. Rows are blended first, into numbers with 7 bits behind the point, then columns.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from fastcil.errors import FastcilError
 from fastcil.ops._library import define
 from fastcil.ops._packed import (
-    LONGEST_SIDE,
+    LARGEST_SIDE,
     addresses,
     check_rows,
     check_tensor,
@@ -40,7 +39,8 @@ class _Axis(NamedTuple):
     place: Tensor  # of each tap, from ``low`` on, int64 [B, size, taps]
     weight: Tensor  # int32, 0 where there is no such pixel
 
-    def __getitem__(self, images: Tensor) -> _Axis:
+    def of(self, images: Tensor) -> _Axis:
+        """The rows of some images."""
         return _Axis(*(field[images] for field in self))
 
 
@@ -126,10 +126,11 @@ def reference(
     for k, pixels in enumerate(arenas):
         members = (arena == k).nonzero().flatten()
         for i in members.split(step) if len(members) else ():
-            shown = _show(pixels, table[i], rows[i], columns[i])  # [b, H, W, 3]
-            lines = _drop(_blend(shown.flatten(2), rows[i]), WEIGHT_BITS - LINE_BITS)
+            across, along = rows.of(i), columns.of(i)
+            shown = _show(pixels, table[i], across, along)  # [b, H, W, 3]
+            lines = _drop(_blend(shown.flatten(2), across), WEIGHT_BITS - LINE_BITS)
             lines = lines.view(len(i), height, -1, 3).transpose(1, 2)  # [b, W, h, 3]
-            images = _drop(_blend(lines.flatten(2), columns[i]), WEIGHT_BITS + LINE_BITS)
+            images = _drop(_blend(lines.flatten(2), along), WEIGHT_BITS + LINE_BITS)
             out[i] = images.byte().view(len(i), width, height, 3).permute(0, 3, 2, 1)
     if flips is not None:
         out.copy_(torch.where(flips[:, None, None, None], out.flip(3), out))
@@ -228,9 +229,9 @@ def read(
     """
     batch = _check(arenas, arena, offsets, geometry)
     height, width = size
-    if not (1 <= height <= LONGEST_SIDE and 1 <= width <= LONGEST_SIDE):
+    if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
         raise FastcilError(
-            f"size is {tuple(size)}; both sides must lie between 1 and {LONGEST_SIDE}"
+            f"size is {tuple(size)}; both sides must lie between 1 and {LARGEST_SIDE}"
         )
     if crops is not None:
         check_tensor("crops", crops, torch.float32, (batch, 4))

@@ -35,8 +35,11 @@ def fake(pixels: Tensor, offsets: Tensor, geometry: Tensor) -> tuple[Tensor, Ten
     return pixels.new_empty(total), torch.empty_like(offsets)
 
 
-define("reconstruct(Tensor pixels, Tensor offsets, Tensor geometry) -> (Tensor, Tensor)",
-       reference, fake)
+define(
+    "reconstruct(Tensor pixels, Tensor offsets, Tensor geometry) -> (Tensor, Tensor)",
+    reference,
+    fake,
+)
 
 
 def reconstruct(pixels: Tensor, offsets: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:

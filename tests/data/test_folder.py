@@ -65,7 +65,9 @@ def test_folder_gives_images_by_class_and_path_at_their_own_size(tmp_path):
     check(load_folder(write_tree(tmp_path / "pets", TREE)), "pets")
 
 
-@pytest.mark.parametrize(("ending", "mode"), [("", ""), (".gz", ":gz"), (".bz2", ":bz2"), (".xz", ":xz")])
+@pytest.mark.parametrize(
+    ("ending", "mode"), [("", ""), (".gz", ":gz"), (".bz2", ":bz2"), (".xz", ":xz")]
+)
 @pytest.mark.parametrize("prefix", ["", "./", "pets/", "/", "../"])
 def test_tar_gives_the_same_in_any_compression_and_below_a_shared_root(
     tmp_path, ending, mode, prefix
@@ -171,7 +173,7 @@ RGB = np.stack([GREY, 255 - GREY, np.full_like(GREY, 9)], -1)
         (pillow(Image.fromarray(RGB), "BMP"), RGB, 0),
         (pillow(Image.fromarray(RGB), "JPEG", quality=100, subsampling=0), RGB, 3),
     ],
-    ids="rgb grey rgba grey-alpha 16-bit palette cmyk webp bmp jpeg".split(),
+    ids=["rgb", "grey", "rgba", "grey-alpha", "16-bit", "palette", "cmyk", "webp", "bmp", "jpeg"],
 )
 def test_every_kind_becomes_rgb_uint8(data, expected, tolerance):
     image = decode_image(data, "x")
@@ -275,12 +277,13 @@ def test_other_trees_are_refused(tmp_path, tree, words):
 
 
 @pytest.mark.parametrize("mode", ["", ":gz", ":bz2", ":xz"])
-@pytest.mark.parametrize("part", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("part", [0.05, 0.4, 0.9])
 def test_a_truncated_tar_is_refused(tmp_path, mode, part):
-    whole = write_tar(tmp_path / "whole.tar", TREE, "w" + mode).read_bytes()
-    end = len(whole) if mode else len(TREE) * 1024  # without the padding of zeros
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    tree = {**TREE, "test/dog/zz.png": cv2.imencode(".png", noise)[1].tobytes()}
+    whole = write_tar(tmp_path / "whole.tar", tree, "w" + mode).read_bytes()
     path = tmp_path / "cut.tar"
-    path.write_bytes(whole[: int(part * end)])
+    path.write_bytes(whole[: int(part * len(whole.rstrip(b"\0")))])
     with pytest.raises(DataError, match=r"cut\.tar cannot be read as a tar archive to its end"):
         load_folder(path)
 
@@ -290,7 +293,7 @@ def test_a_tar_cut_between_blocks_is_refused(tmp_path, blocks):
     whole = write_tar(tmp_path / "whole.tar", TREE).read_bytes()
     path = tmp_path / "cut.tar"
     path.write_bytes(whole[: 512 * blocks])
-    with pytest.raises(DataError, match="ends early|unexpected end"):
+    with pytest.raises(DataError, match=r"ends early|unexpected end"):
         load_folder(path)
 
 

@@ -1,0 +1,105 @@
+"""A batch of images out of several stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcil import ops
+from fastcil.data.store import ImageStore
+from fastcil.errors import FastcilError
+
+
+def read_images(
+    stores: Sequence[ImageStore],
+    which: Tensor,
+    index: Tensor,
+    size: tuple[int, int],
+    crops: Tensor | None = None,
+    flips: Tensor | None = None,
+    views: Tensor | None = None,
+    antialias: bool = True,
+) -> Tensor:
+    """Reads a batch from several stores: gathered, cut, resized and mirrored in one operation.
+
+    Args:
+        stores: Where the images are, raw or packed.
+        which: int64 [B], the store of each image.
+        index: int64 [B], its position there.
+        size: Height and width of the batch.
+        crops: float32 [B, 4], see `fastcil.ops.read`.
+        flips: bool [B], which to mirror.
+        views: int16 [B, 6], simulated compression, see `view_geometry`.
+        antialias: Whether shrinking filters.
+
+    Returns:
+        uint8 [B, 3, h, w] in channels_last memory.
+
+    Raises:
+        FastcilError: No store, or not one position per image.
+        IndexError: A store has no image at one of the positions.
+
+    Example:
+        >>> store = ImageStore.from_batch(torch.full((2, 8, 8, 3), 7, dtype=torch.uint8))
+        >>> read_images([store], torch.zeros(1, dtype=torch.int64), torch.tensor([1]), (4, 4)).shape
+        torch.Size([1, 3, 4, 4])
+    """
+    if not stores:
+        raise FastcilError("stores is empty; pass at least one ImageStore.")
+    if which.shape != index.shape:
+        raise FastcilError(
+            f"which has shape {tuple(which.shape)} and index {tuple(index.shape)}; "
+            "both must be [B]."
+        )
+    device = stores[0].offsets.device
+    which, index = which.to(device), index.to(device)
+    offsets = torch.zeros_like(index)
+    geometry = offsets.new_zeros((len(index), 8), dtype=torch.int16)
+    for number, store in enumerate(stores):
+        if not len(store):
+            continue
+        mine = which == number
+        # Selecting by mask would make the host wait for a GPU; reading row 0 in vain does not.
+        rows = torch.where(mine, index, 0)
+        offsets = torch.where(mine, store.offsets[rows], offsets)
+        geometry = torch.where(mine[:, None], store.geometry[rows], geometry)
+    return ops.read(
+        [store.pixels for store in stores],
+        which,
+        offsets,
+        geometry,
+        size,
+        crops=None if crops is None else crops.to(device),
+        flips=None if flips is None else flips.to(device),
+        views=None if views is None else views.to(device),
+        antialias=antialias,
+    )
+
+
+def view_geometry(sizes: Tensor, boxes: Tensor, ratio: float = 4.0) -> Tensor:
+    """What makes a raw image read as if it had been packed with a box.
+
+    Args:
+        sizes: int64 [B, 2], heights and widths.
+        boxes: int16 [B, 4], (y0, x0, y1, x1).
+        ratio: Downsampling ratio eta, in area.
+
+    Returns:
+        int16 [B, 6], rows (y0, x0, y1, x1, gh, gw).
+
+    Raises:
+        FastcilError: Not one box per size, or a ratio below 1.
+
+    Example:
+        >>> view_geometry(torch.tensor([[9, 8]]), torch.tensor([[1, 2, 3, 4]]))
+        tensor([[1, 2, 3, 4, 4, 4]], dtype=torch.int16)
+    """
+    if boxes.shape != (len(sizes), 4):
+        raise FastcilError(
+            f"boxes has shape {tuple(boxes.shape)} for {len(sizes)} sizes; "
+            f"it must be [{len(sizes)}, 4]."
+        )
+    grid = ops.grids(sizes, ratio)
+    return torch.cat([boxes.to(grid.device, torch.int16), grid.to(torch.int16)], 1)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastcil.contract import Task
+from fastcil.data import Examples, ImageStore
+from fastcil.engine.gallery import exemplar_gallery
+from fastcil.memory import Memory
+from fastcil.memory.codecs.raw import RawCodec
+
+AMBER = (255, 190, 0)
+NAMES = tuple(f"class {k}" for k in range(30))
+
+
+def make_task(classes=3, per_class=6, sizes=((64, 64), (64, 48)), known=0, seed=0):
+    """Images that look alike: noise over one picture, of two sizes; and a box for each."""
+    rng = np.random.default_rng(seed)
+    images, labels, boxes = [], [], []
+    for k in range(classes * per_class):
+        height, width = sizes[k % len(sizes)]
+        picture = np.linspace(40, 200, height * width * 3).reshape(height, width, 3)
+        images.append((picture + rng.normal(0, 12, picture.shape)).clip(0, 255).astype(np.uint8))
+        labels.append(known + k % classes)
+        boxes.append((10, 8, 10 + rng.integers(5, 40), 8 + rng.integers(5, 30)))
+    examples = Examples(ImageStore.from_images(images), torch.tensor(labels))
+    new = tuple(range(known, known + classes))
+    task = Task(1, new, known, examples, examples.select([]), "task 2")
+    return task, torch.tensor(boxes, dtype=torch.int16)
+
+
+def remember(task, boxes, budget="100 images", codec="bbox"):
+    memory = Memory(budget, codec=codec, selection="random")
+    memory.update(task, embed=lambda e: torch.ones(len(e), 1), boxes=boxes, seed=3)
+    return memory
+
+
+def halves(pair):
+    """The two pictures of a pair."""
+    width = (pair.shape[1] - 4) // 2
+    assert (pair[:, width : width + 4] == 255).all()
+    return pair[:, :width], pair[:, width + 4 :]
+
+
+def doubled(image):
+    return image.numpy().repeat(2, 0).repeat(2, 1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_packed_exemplars_stand_beside_the_images_they_were_made_of(seed):
+    task, boxes = make_task(seed=seed)
+    images = task.examples.images
+    memory = remember(task, boxes)
+    packed = images.compress(boxes)
+    payload = exemplar_gallery(task, memory, NAMES).payload
+    assert len(payload["images"]) == 6
+    seen = [doubled(packed.image(k)) for k in range(len(images))]
+    for pair, caption, share in zip(*payload.values(), strict=True):
+        original, exemplar = halves(pair)
+        (k,) = [k for k, s in enumerate(seen) if s.shape == exemplar.shape and (s == exemplar).all()]
+        kept, raw = int(memory.codec.nbytes(packed)[k]), int(images.sizes[k].prod()) * 3 + 28
+        assert caption == f"class {int(task.examples.labels[k])}: {kept:,} of {raw:,} bytes"
+        assert share == pytest.approx(kept / raw)
+        y0, x0, y1, x1 = (2 * int(b) for b in boxes[k])
+        for y, x in ((y0, x0), (y1 - 1, x0), (y0, x1 - 1), (y1 - 1, x1 - 1)):
+            assert tuple(original[y, x]) == AMBER
+        away = np.ones(original.shape[:2], bool)
+        away[y0 - 2 : y1 + 2, x0 - 2 : x1 + 2] = False
+        assert (original[away] == doubled(images.image(k))[away]).all()
+        inside = (slice(y0 + 2, y1 - 2), slice(x0 + 2, x1 - 2))
+        assert (original[inside] == doubled(images.image(k))[inside]).all()
+
+
+class Coarse(RawCodec):
+    """Keeps the four highest bits."""
+
+    name = "coarse"
+
+    def encode(self, images, boxes=None):
+        return ImageStore(images.pixels & 0xF0, images.offsets, images.geometry)
+
+
+def test_originals_are_found_for_any_codec():
+    task, boxes = make_task()
+    memory = remember(task, boxes, codec=Coarse())
+    shown = exemplar_gallery(task, memory, NAMES).payload["images"]
+    assert len(shown) == 6
+    for pair in shown:
+        original, exemplar = halves(pair)
+        assert (original & 0xF0 == exemplar).all()
+        assert (original != exemplar).any()
+
+
+def test_raw_exemplars_have_no_box():
+    task, boxes = make_task()
+    payload = exemplar_gallery(task, remember(task, boxes, codec="raw"), NAMES).payload
+    assert payload["shares"] == [1.0] * 6
+    for pair in payload["images"]:
+        original, exemplar = halves(pair)
+        assert (original == exemplar).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "per_task", "labels"),
+    [
+        (11, 6, [0, 2, 4, 6, 8, 10]),
+        (6, 6, [0, 1, 2, 3, 4, 5]),
+        (4, 6, [0, 0, 1, 1, 2, 3]),
+        (1, 3, [0, 0, 0]),
+        (2, 9, [0, 0, 0, 1, 1, 1]),
+    ],
+)
+def test_classes_are_taken_evenly_in_the_order_of_selection(classes, per_task, labels):
+    task, boxes = make_task(classes, per_class=3, sizes=((16, 16),))
+    memory = remember(task, boxes.clamp_max(16), "1000 images")
+    payload = exemplar_gallery(task, memory, NAMES, per_task).payload
+    assert [int(c.split(":")[0][6:]) for c in payload["captions"]] == labels
+    held = memory.examples()
+    first = [int((held.labels == label).nonzero()[0]) for label in set(labels)]
+    shown = [halves(pair)[1] for pair in payload["images"]]
+    for k in first:
+        exemplar = held.images.image(k).numpy().repeat(8, 0).repeat(8, 1)
+        assert any((exemplar == s).all() for s in shown)
+
+
+def test_only_new_classes_are_shown():
+    task, boxes = make_task()
+    memory = remember(task, boxes)
+    later, later_boxes = make_task(classes=2, known=3, seed=9)
+    memory.update(later, lambda e: torch.ones(len(e), 1), boxes=later_boxes)
+    captions = exemplar_gallery(later, memory, NAMES).payload["captions"]
+    assert {c.split(":")[0] for c in captions} == {"class 3", "class 4"}
+    again = Task(2, (3,), 5, later.examples, later.exemplars)
+    assert exemplar_gallery(again, memory, NAMES).payload["images"] == []
+
+
+def test_nothing_is_shown_of_an_empty_memory():
+    task, boxes = make_task()
+    record = exemplar_gallery(task, remember(task, boxes, "none"), NAMES)
+    assert record.title == "Exemplars of task 2"
+    assert record.payload == {"images": [], "captions": [], "shares": []}
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((300, 225), (128, 96)), ((20, 20), (128, 128)), ((50, 400), (24, 192)), ((400, 2), (128, 1))],
+)
+def test_pictures_have_a_common_height(size, shown):
+    task, boxes = make_task(1, 2, sizes=(size,))
+    record = exemplar_gallery(task, remember(task, boxes, codec="raw"), NAMES)
+    assert record.payload["images"][0].shape == (shown[0], 2 * shown[1] + 4, 3)
+    assert record.payload["images"][0].dtype == np.uint8
+
+
+def test_large_images_are_compared_at_sampled_values():
+    task, boxes = make_task(1, 12, sizes=((120, 160),))
+    memory = remember(task, boxes, codec=Coarse())
+    for pair in exemplar_gallery(task, memory, NAMES).payload["images"]:
+        original, exemplar = (half.astype(int) for half in halves(pair))
+        assert 0 < (original - exemplar).mean() < 16
+        assert (original - exemplar).max() < 20
