@@ -19,13 +19,12 @@ ifneq ($(findstring /,$(PY)),)
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 endif
 
-.PHONY: help demo test lint bench clean extension
+.PHONY: help demo test lint clean extension
 
 help:
 	@echo "make demo     compare FOSTER with FOSTER+CIM and write the report to demo/"
 	@echo "make test     lint, type-check and test; MARKERS=gpu picks other tests"
 	@echo "make lint     ruff, mypy and import-linter alone"
-	@echo "make bench    the benchmarks"
 	@echo "make clean    remove what make made, except the demo's report"
 	@echo
 	@echo "Each first sets up what it needs, in .venv, from python3 or the PYTHON= you name."
@@ -44,9 +43,6 @@ lint: $(READY)
 	$(call tool,ruff,format --check .)
 	$(call tool,mypy)
 	$(call tool,lint-imports,--no-logo)
-
-bench: $(READY)
-	$(PY) -m pytest benchmarks --benchmark-only
 
 clean:
 	rm -rf .venv build dist fastcil.egg-info fastcil/_C*.so

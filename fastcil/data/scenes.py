@@ -31,9 +31,10 @@ def make_scenes(
 
     Every image holds one object of its class: a drawing with random proportions, whose bounding
     box takes 6 % to 40 % of the image, at a random place, turned by up to 25 degrees, mirrored,
-    stretched, in random colours and texture, before a background of gradients, noise, stripes or
-    patches with blobs, polygons and lines over it that belong to no class. Colours, textures,
-    sizes and backgrounds have the same distribution in all classes: only the form differs.
+    stretched, in random texture, before a background of gradients, noise, stripes or patches with
+    blobs, polygons and lines over it that belong to no class. Textures, sizes and backgrounds
+    have the same distribution in all classes; colours lean towards a hue of the class, too weakly
+    to tell it (a colour histogram inside the true box names 29 % of 20 classes): the form does.
     Every image has random numbers of its own, from (seed, split, class, position), so fewer
     classes or images are exactly the first ones of more.
 

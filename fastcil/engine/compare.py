@@ -13,7 +13,6 @@ import torch
 from rich.table import Table
 
 from fastcil.contract import lookup, parse_composition
-from fastcil.engine.environment import environment
 from fastcil.engine.metrics import mean_interval
 from fastcil.engine.options import (
     GROUPS,
@@ -127,7 +126,7 @@ class Comparison:
     def save(self, path: Path) -> None:
         """Writes rows, curves and environment as JSON, atomically."""
         content = {
-            "environment": environment(),
+            "environments": {m: result.environment for m, result in self.results.items()},
             "configs": {method: result.config for method, result in self.results.items()},
             "rows": [row.__dict__ for row in self.rows()],
             "curves": {

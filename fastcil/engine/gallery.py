@@ -128,9 +128,14 @@ def _draw_box(picture: Picture, box: list[int], shape: tuple[int, ...]) -> Pictu
     if y1 <= y0 or x1 <= x0 or (y0, x0, y1, x1) == (0, 0, *shape[:2]):
         return picture
     up, across = len(picture) / shape[0], picture.shape[1] / shape[1]
-    first = round(x0 * across), round(y0 * up)
-    last = round(x1 * across) - 1, round(y1 * up) - 1
+    top, left, bottom, right = (
+        *(round(y0 * up), round(x0 * across)),
+        *(round(y1 * up) - 1, round(x1 * across) - 1),
+    )
     picture = np.ascontiguousarray(picture)
-    for colour, thickness in ((_EDGE, 3), (_BOX, 1)):
-        cv2.rectangle(picture, first, last, colour, thickness)
+    # A dark line on either side keeps the bright one visible on any background.
+    for out, colour in ((1, _EDGE), (-1, _EDGE), (0, _BOX)):
+        cv2.rectangle(
+            picture, (left - out, top - out), (right + out, bottom + out), colour, thickness=1
+        )
     return picture

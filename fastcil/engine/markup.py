@@ -13,7 +13,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_LINK = "{http://www.w3.org/1999/xlink}href"
 _DROPPED = ("metadata", "style")
 
 
@@ -115,7 +114,10 @@ def _svg(figure: Figure, description: str) -> Html:
     }
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        element.attrib = dict(_attributes(element.attrib, references, own))
+        element.attrib = {
+            key.rpartition("}")[2]: value
+            for key, value in _attributes(element.attrib, references, own)
+        }
     root.attrib |= {"role": "img", "aria-label": description}
     return Html(ElementTree.tostring(root, encoding="unicode"))
 
@@ -129,7 +131,7 @@ def _attributes(
             if value in references:
                 yield key, own + value
         elif value.startswith(("#", "url(#")):
-            yield "href" if key == _LINK else key, value.replace("#", f"#{own}", 1)
+            yield key, value.replace("#", f"#{own}", 1)
         elif key == "style":
             kept = [part for part in value.split("; ") if not part.startswith("font-family")]
             yield key, "; ".join(kept)

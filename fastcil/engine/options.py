@@ -103,10 +103,17 @@ class EngineOptions:
             raise FastcilError(
                 f"engine.epoch_scale is {self.epoch_scale}; it must be a positive number."
             )
-        for name in ("batch_size", "scan_batch", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FastcilError(f"engine.{name} is {value}; it must be at least 1.")
+        for names, least in (
+            (("batch_size", "scan_batch", "threads"), 1),
+            (("order_seed", "init_seed", "data_seed", "checkpoint_seconds"), 0),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not value >= least:
+                    raise FastcilError(f"engine.{name} is {value}; it must be at least {least}.")
+        # What numpy's legacy generator, which the literature's class order comes from, can take.
+        if self.order_seed is not None and self.order_seed >= 2**32:
+            raise FastcilError(f"engine.order_seed is {self.order_seed}; it must be below 2**32.")
 
 
 @dataclass(frozen=True)
@@ -211,14 +218,14 @@ def _field_classes(cls: type) -> dict[str, type]:
 
 
 def nest(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as nested dicts.
+    """Dotted names as nested dicts; a ready Config stands for all of its options.
 
     Example:
         >>> nest({"cim.threshold": 0.7, "cim": {"ratio": 9.0}})
         {'cim': {'threshold': 0.7, 'ratio': 9.0}}
     """
     nested: dict[str, Any] = {}
-    for name, value in options.items():
+    for name, value in _flat(options).items():
         *path, leaf = name.split(".")
         place = nested
         for key in path:
@@ -227,17 +234,19 @@ def nest(options: Mapping[str, Any]) -> dict[str, Any]:
                 raise FastcilError(
                     f"option '{name}' lies under '{key}', which has a value already."
                 )
-        if isinstance(value, Mapping) and isinstance(place.get(leaf), dict):
-            place[leaf].update(nest(value))
-        else:
-            place[leaf] = nest(value) if isinstance(value, Mapping) else value
+        if isinstance(place.get(leaf), dict):
+            raise FastcilError(f"option '{name}' is {value!r}, but options under it are set too.")
+        place[leaf] = value
     return nested
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
         if isinstance(value, Mapping):
             flat.update(_flat(value, f"{name}."))
         else:

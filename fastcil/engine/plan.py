@@ -129,9 +129,9 @@ def claim(folder: Path, plan: Plan) -> None:
     write_atomically(
         folder / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False).encode()
     )
-    write_atomically(
-        folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode()
-    )
+    if not (folder / "result.json").is_file():
+        now = environment()
+        write_atomically(folder / "environment.yaml", yaml.safe_dump(now, sort_keys=False).encode())
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -57,7 +57,7 @@ def plot_curves(results: Results, top: int = 1, legend: bool = True) -> Figure:
             if len(result.outcomes) > 1:
                 seeds = np.stack([o.curve(readout, top) for o in result.outcomes])
                 draw_band(axes, x, seeds, look["color"], len(results))
-        axes.set_xticks(x if len(x) <= 12 else x[:: -(-len(x) // 12)])
+        axes.set_xticks(_thin(x))
         axes.set_xlabel(label)
     low, high = axes.dataLim.y0, axes.dataLim.y1
     axes.set_ylim(max(0, 10 * ((low - 4) // 10)), min(100, 10 * -(-(high + 4) // 10)))
@@ -103,7 +103,7 @@ def plot_forgetting(results: Results) -> Figure:
         if len(drops) > 1:
             draw_band(axes, x, drops, look["color"], len(results))
     axes.axhline(0, color=SOFT, lw=0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(_thin(x))
     axes.set_xlabel("classes of task")
     axes.set_ylabel("forgetting, points")
     name_lines(figure, axes)
@@ -141,8 +141,8 @@ def plot_memory(results: Results) -> Figure:
     for axes, text in ((held, f"held, {name}"), (count, "exemplars held")):
         axes.set_xlabel(label)
         axes.set_ylabel(text)
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(x if len(x) <= 12 else x[:: -(-len(x) // 12)])
+        axes.set_ylim(0, 1.06 * max(axes.dataLim.y1, 1e-9))
+        axes.set_xticks(_thin(x))
     name_lines(figure, held)
     return finish(figure, held, count)
 
@@ -189,10 +189,9 @@ def plot_seconds(results: Results) -> Figure:
     axes = figure.subplots()
     for number, (method, result) in enumerate(results.items()):
         seconds = np.mean([[task.seconds for task in o.tasks] for o in result.outcomes], axis=0)
-        axes.plot(
-            np.arange(1, len(seconds) + 1), seconds, lw=1.9, label=method, **line_look(number)
-        )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        x = np.arange(1, len(seconds) + 1)
+        axes.plot(x, seconds, lw=1.9, label=method, **line_look(number))
+    axes.set_xticks(_thin(x))
     axes.set_xlabel("task")
     axes.set_ylabel("seconds")
     axes.set_ylim(bottom=0)
@@ -252,7 +251,7 @@ def _draw_lines(axes: Axes, payload: Mapping[str, Any]) -> None:
             marker=look["marker"] if few else None,
         )
     axes.set_xlabel(payload.get("xlabel", ""))
-    if few and all(float(v).is_integer() for v in payload["x"]):
+    if all(float(v).is_integer() for v in payload["x"]):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(lines) > 1:
         axes.set_ylabel(payload.get("ylabel", ""))
@@ -301,6 +300,11 @@ def _steps(result: Result) -> tuple[Array, str]:
     if all(classes):
         return np.cumsum(classes).astype(np.float64), "classes known"
     return np.arange(1.0, len(classes) + 1), "task"
+
+
+def _thin(x: NDArray[Any]) -> NDArray[Any]:
+    """Ticks at the tasks, at every second or third of many."""
+    return x[:: -(-len(x) // 12)]
 
 
 def _drops(outcome: SeedOutcome) -> Array:

@@ -94,13 +94,14 @@ def run_plan(plan: Plan, folder: Path | None) -> Result:
             learners.append(runner.learner)
     if folder is None:
         return Result(plan.config(), environment(), outcomes, None, lambda: learners[0])
-    saved = folder / f"seed-{plan.seeds[0]}" / LEARNER
+    first = folder / f"seed-{plan.seeds[0]}"
     result = Result(
         plan.config(),
-        environment(),
+        # Of the process that measured, which need not be this one.
+        Result.load(first).environment,
         outcomes,
         folder,
-        lambda: Learner.load(saved, device=plan.device, backbone=plan.backbone),
+        lambda: Learner.load(first / LEARNER, device=plan.device, backbone=plan.backbone),
     )
     result.save(folder / RESULT)
     return result

@@ -121,7 +121,7 @@ def results_section(comparison: Comparison) -> Html:
         "of the best past accuracy minus the last, in points (Chaudhry et al. 2018).",
         f"Means over {seeds} seeds; ± is the half-width of the 95 % interval (Student's t)."
         if seeds > 2
-        else f"{'One seed' if seeds == 1 else 'Two seeds'}: no intervals below three.",
+        else f"{'One seed' if seeds == 1 else 'Means over two seeds'}: no intervals below three.",
     ]
     if several:
         notes.append(f"Difference: average accuracy minus {base}'s, paired seed by seed.")
@@ -200,7 +200,8 @@ def time_section(comparison: Comparison) -> Html:
     ]
     note = (
         "Seconds, mean over seeds. A stage's are its training, companions included; the rest is "
-        "boxes, selection, evaluation and checkpoints. Images per second are training images."
+        "set-up, boxes, selection, evaluation and checkpoints. Images per second are those trained "
+        "on."
     )
     return Html("".join(parts) + tag("p", note, class_="note"))
 

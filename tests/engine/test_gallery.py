@@ -58,7 +58,9 @@ def test_packed_exemplars_stand_beside_the_images_they_were_made_of(seed):
     seen = [doubled(packed.image(k)) for k in range(len(images))]
     for pair, caption, share in zip(*payload.values(), strict=True):
         original, exemplar = halves(pair)
-        (k,) = [k for k, s in enumerate(seen) if s.shape == exemplar.shape and (s == exemplar).all()]
+        (k,) = [
+            k for k, s in enumerate(seen) if s.shape == exemplar.shape and (s == exemplar).all()
+        ]
         kept, raw = int(memory.codec.nbytes(packed)[k]), int(images.sizes[k].prod()) * 3 + 28
         assert caption == f"class {int(task.examples.labels[k])}: {kept:,} of {raw:,} bytes"
         assert share == pytest.approx(kept / raw)

@@ -46,9 +46,18 @@ def test_large_images_are_kept_small():
 @pytest.mark.parametrize(
     ("payload", "plain"),
     [
-        ({"x": np.arange(3), "y": {1: torch.tensor([1.5, 2.0])}}, {"x": [0, 1, 2], "y": {"1": [1.5, 2.0]}}),
-        ({"values": np.eye(2), "rows": ("a", "b")}, {"values": [[1, 0], [0, 1]], "rows": ["a", "b"]}),
-        ({"columns": ["n"], "rows": [[np.float32(0.5)], [None]]}, {"columns": ["n"], "rows": [[0.5], [None]]}),
+        (
+            {"x": np.arange(3), "y": {1: torch.tensor([1.5, 2.0])}},
+            {"x": [0, 1, 2], "y": {"1": [1.5, 2.0]}},
+        ),
+        (
+            {"values": np.eye(2), "rows": ("a", "b")},
+            {"values": [[1, 0], [0, 1]], "rows": ["a", "b"]},
+        ),
+        (
+            {"columns": ["n"], "rows": [[np.float32(0.5)], [None]]},
+            {"columns": ["n"], "rows": [[0.5], [None]]},
+        ),
     ],
 )
 def test_payloads_become_plain(payload, plain):

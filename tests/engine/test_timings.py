@@ -15,7 +15,10 @@ def epoch(stage, number, seconds, rate):
     return {"event": "epoch", "stage": stage, "epoch": number, "seconds": seconds, "rate": rate}
 
 
-OTHERS = [{"event": "run", "method": "er"}, {"event": "stage", "stage": "a", "epochs": 2, "steps": 1}]
+OTHERS = [
+    {"event": "run", "method": "er"},
+    {"event": "stage", "stage": "a", "epochs": 2, "steps": 1},
+]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,13 @@ OTHERS = [{"event": "run", "method": "er"}, {"event": "stage", "stage": "a", "ep
         ([], []),
         (OTHERS, []),
         (
-            [*OTHERS, task(0), epoch("a", 0, 2.0, 10.0), epoch("a", 1, 3.0, 20.0), epoch("b", 0, 1.0, 5.0)],
+            [
+                *OTHERS,
+                task(0),
+                epoch("a", 0, 2.0, 10.0),
+                epoch("a", 1, 3.0, 20.0),
+                epoch("b", 0, 1.0, 5.0),
+            ],
             [StageTiming(0, "a", 5.0, 80.0), StageTiming(0, "b", 1.0, 5.0)],
         ),
         # The same stage in the next task.
@@ -34,7 +43,13 @@ OTHERS = [{"event": "run", "method": "er"}, {"event": "stage", "stage": "a", "ep
         ),
         # Stopped after epoch 1, gone on from a checkpoint before it.
         (
-            [task(0), epoch("a", 0, 2.0, 1.0), epoch("a", 1, 9.0, 1.0), task(0), epoch("a", 1, 3.0, 1.0)],
+            [
+                task(0),
+                epoch("a", 0, 2.0, 1.0),
+                epoch("a", 1, 9.0, 1.0),
+                task(0),
+                epoch("a", 1, 3.0, 1.0),
+            ],
             [StageTiming(0, "a", 5.0, 5.0)],
         ),
         # Two stages of one name in one task.
