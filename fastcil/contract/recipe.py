@@ -60,12 +60,24 @@ class Recipe:
     clip: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 0), ("batch_size", 1), ("warmup", 0)):
+        counts = (("epochs", 0), ("batch_size", 1), ("warmup", 0))
+        rates = (("momentum", 0), ("weight_decay", 0), ("clip", 0))
+        for name, low in (*counts, *rates):
             value = getattr(self, name)
-            if value < low:
+            if not low <= value < math.inf:
                 raise FastcilError(f"{name} is {value}; it must be at least {low}.")
-        if not self.lr > 0:
-            raise FastcilError(f"lr is {self.lr}; it must be a positive number.")
+        for name in ("lr", "gamma"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise FastcilError(f"{name} is {value}; it must be a positive number.")
+        for name, known in (
+            ("schedule", ("cosine", "step", "constant")),
+            ("optimizer", ("sgd", "adam")),
+        ):
+            if getattr(self, name) not in known:
+                raise FastcilError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
+                )
 
     def factor(self, epoch: int) -> float:
         """The schedule's multiplier of ``lr`` in epoch ``epoch``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 
 from fastcil.errors import CompositionError, FastcilError
@@ -68,15 +69,20 @@ def register(kind: str, name: str, cls: type) -> None:
 
     Args:
         kind: ``method``, ``addon`` or ``codec``.
-        name: Without ``+``; may not hide a name of fastcil's own.
+        name: Letters, digits, ``_`` and ``-``; may not hide a name of fastcil's own. A name of
+            the user's own may be given again, as a notebook does.
         cls: A subclass of `Method`, `Addon` or `fastcil.memory.Codec`.
 
     Raises:
-        FastcilError: The name is taken by another class, or holds a ``+``.
+        FastcilError: The name is fastcil's own or has other characters; an unknown kind.
     """
+    if kind not in _KINDS:
+        raise FastcilError(f"kind is '{kind}', which is unknown; {nearest(kind, _KINDS)}")
     table = _KINDS[kind]
-    if "+" in name or not name:
-        raise FastcilError(f"{kind} name is '{name}'; it must be non-empty and hold no '+'.")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise FastcilError(
+            f"{kind} name is '{name}'; it must be made of letters, digits, '_' and '-'."
+        )
     taken = table.get(ALIASES.get(name, name))
     if taken is not None and taken is not cls and isinstance(taken, str):
         raise FastcilError(f"{kind} name '{name}' is fastcil's own; choose another.")

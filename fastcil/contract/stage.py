@@ -37,11 +37,12 @@ class Stream:
     """Where a stage's images come from.
 
     The parts are read as one sequence, new data first. Each epoch shuffles ``subset`` (or all of
-    it); a stream that is shorter than the stage's first one starts over with a new shuffle.
+    it). A stage's first stream is read once an epoch; the others keep it company with full
+    batches, and one that runs out within the epoch starts over with a new shuffle.
 
     Args:
         parts: Data read as one sequence; empty parts are allowed.
-        batch_size: Images per step.
+        batch_size: Images per step; all of them where there are fewer.
         subset: int64 positions in that sequence, or None for all of it.
         views: Simulated compression of the first part, or None.
     """
@@ -102,7 +103,9 @@ class Stage:
         begin: Called before the first epoch.
         finish: Called after the last epoch.
         before_epoch: Called with the epoch's number before each epoch.
-        companions: Stages that take a few steps of their own after each epoch of this one.
+        companions: Stages that take a few steps of their own after each epoch of this one. Of a
+            companion, ``begin``, ``finish``, ``before_epoch`` and companions of its own are not
+            used, and its recipe's schedule follows this stage's epochs.
         steps: As a companion, the number of steps at each visit; 0 for a whole epoch.
         compiled: The objective as `torch.compile` made it, for steps that need first derivatives
             only (it refuses double backward); set by the trainer.
@@ -157,7 +160,7 @@ class Stage:
         """One training step; a stage that needs more than loss, backward, step overrides it.
 
         Args:
-            batches: One batch per stream.
+            batches: One batch per stream, in order; a stream without any image has none.
             stepper: Back-propagates and steps the optimiser.
 
         Returns:

@@ -24,11 +24,12 @@ class _Classifier(torch.nn.Module):
         self.method = method
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.method.logits(images)
+        scores: Tensor = self.method(images)
+        return scores
 
 
 def export_method(method: Method, augmentation: Augmentation, path: Path, format: str) -> Path:
-    """Writes ``method.logits`` for any batch size, in evaluation mode.
+    """Writes what ``method.forward`` computes, for any batch size, in evaluation mode.
 
     The draft is written beside the target and moved there when complete.
 
@@ -62,7 +63,7 @@ def export_method(method: Method, augmentation: Augmentation, path: Path, format
 
 
 def copy_for_export(method: Method) -> torch.nn.Module:
-    """A CPU copy in evaluation mode, without the teachers and branches that training keeps."""
+    """A CPU copy in evaluation mode; torch.export takes of it only what ``forward`` uses."""
     context = method.context
     del method.context
     try:

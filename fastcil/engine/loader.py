@@ -35,11 +35,13 @@ class Loader:
         device: torch.device,
         key: tuple[int, ...],
     ) -> None:
-        self._readers = [
-            _StreamReader(stream, augmentation, device, (*key, number))
-            for number, stream in enumerate(streams)
-            if len(stream)
-        ]
+        self._readers: list[_StreamReader] = []
+        for number, stream in enumerate(streams):
+            if len(stream):
+                leads = not self._readers
+                self._readers.append(
+                    _StreamReader(stream, augmentation, device, (*key, number), leads)
+                )
 
     @property
     def steps(self) -> int:
@@ -57,7 +59,7 @@ class Loader:
 
 
 class _StreamReader:
-    """Reads one stream."""
+    """Reads one stream; the one that leads sets the length of an epoch."""
 
     def __init__(
         self,
@@ -65,11 +67,13 @@ class _StreamReader:
         augmentation: Augmentation,
         device: torch.device,
         key: tuple[int, ...],
+        leads: bool,
     ) -> None:
         self.stream = stream
         self.augmentation = augmentation
         self.device = device
         self.key = key
+        self.leads = leads
         # Empty parts stay: a batch's `part` numbers what the method passed.
         lengths = torch.tensor([0] + [len(part) for part in stream.parts])
         self.starts = lengths.cumsum(0)
@@ -90,11 +94,21 @@ class _StreamReader:
         return self._epoch_order[1]
 
     def _positions(self, epoch: int, step: int) -> Tensor:
-        """Positions of this step's images; a short stream starts over with a new shuffle."""
+        """Positions of this step's images; a short stream starts over with a new shuffle.
+
+        The stream that leads ends a pass with what is left; of the others, whose share of a step
+        must not depend on where a pass ends, the next pass fills the batch.
+        """
         length, wanted = len(self.stream), min(self.stream.batch_size, len(self.stream))
-        per_round = -(-length // wanted)
-        round_, within = divmod(step, per_round)
-        return self._order(epoch, round_)[within * wanted : (within + 1) * wanted]
+        if self.leads:
+            round_, within = divmod(step, -(-length // wanted))
+            return self._order(epoch, round_)[within * wanted : (within + 1) * wanted]
+        round_, first = divmod(step * wanted, length)
+        positions = self._order(epoch, round_)[first : first + wanted]
+        missing = wanted - len(positions)
+        if missing:
+            positions = torch.cat([positions, self._order(epoch, round_ + 1)[:missing]])
+        return positions
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The stream's batch of this step."""

@@ -62,8 +62,10 @@ def forgetting(matrix: Array) -> float:
     """
     if len(matrix) < 2:
         return 0.0
-    past, last = matrix[:-1, : len(matrix) - 1], matrix[-1, : len(matrix) - 1]
-    return float(np.nanmean(np.nanmax(past, axis=0) - last))
+    past, last = matrix[:-1, :-1], matrix[-1, :-1]
+    # A task that brought no new class has no column to forget.
+    own = ~np.isnan(last)
+    return float(np.mean(np.nanmax(past[:, own], axis=0) - last[own])) if own.any() else 0.0
 
 
 def backward_transfer(matrix: Array) -> float:
@@ -77,8 +79,8 @@ def backward_transfer(matrix: Array) -> float:
     """
     if len(matrix) < 2:
         return 0.0
-    steps = len(matrix) - 1
-    return float(np.nanmean(matrix[-1, :steps] - np.diag(matrix)[:steps]))
+    moved = (matrix[-1] - np.diag(matrix))[:-1]
+    return float(np.nanmean(moved)) if not np.isnan(moved).all() else 0.0
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:

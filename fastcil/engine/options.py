@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +130,17 @@ class LoadOptions:
     download: bool = False
 
 
+# What `fastcil.train` and `compare` take beside options.
+ARGUMENTS = (
+    *("method", "methods", "data", "scenario", "memory", "codec", "seeds", "device"),
+    *("run_dir", "preset", "backbone"),
+)
+# How jsonargparse says that a value is of the wrong type: option, type, value.
+_COMPLAINTS = (
+    r'key "([^"]+)": Expected an? (.+?)\. Got value: (.*)$',
+    r'key "([^"]+)": Does not validate .*Subtypes: \[(.+?)\] Errors: .*Given value: (.*)$',
+)
+
 GROUPS: dict[str, type] = {
     "network": NetworkOptions,
     "augment": AugmentOptions,
@@ -194,27 +206,16 @@ def config_types(methods: Iterable[str]) -> dict[str, type]:
     return types
 
 
-def known_keys(types: Mapping[str, type]) -> list[str]:
-    """Every dotted name that ``types`` knows, groups' own names included."""
-    keys: list[str] = []
+def known_options(types: Mapping[str, type]) -> dict[str, Any]:
+    """Every dotted name that ``types`` knows, groups' own included, and the type of its value."""
+    known: dict[str, Any] = {}
     for name, cls in types.items():
-        keys.append(name)
-        hints = _field_classes(cls)
-        keys += known_keys({f"{name}.{key}": sub for key, sub in hints.items()})
-        keys += [f"{name}.{f.name}" for f in dataclasses.fields(cls) if f.name not in hints]
-    return keys
-
-
-def _field_classes(cls: type) -> dict[str, type]:
-    """Fields of a Config that are Configs themselves."""
-    import typing
-
-    hints = typing.get_type_hints(cls)
-    return {
-        f.name: hints[f.name]
-        for f in dataclasses.fields(cls)
-        if dataclasses.is_dataclass(hints[f.name])
-    }
+        known[name] = cls
+        hints = typing.get_type_hints(cls)
+        fields = {f"{name}.{f.name}": hints[f.name] for f in dataclasses.fields(cls)}
+        groups = {key: hint for key, hint in fields.items() if dataclasses.is_dataclass(hint)}
+        known.update({**fields, **known_options(groups)})
+    return known
 
 
 def nest(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,20 +256,35 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_keys(options: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Refuses option names that nothing knows.
+    """Refuses option names that nothing knows, and values where a group or None can't stand.
 
     Raises:
         FastcilError: Names the option and the nearest known one.
     """
-    known = known_keys(types)
-    for name in _flat(options):
+    known = known_options(types)
+    for name, value in _flat(options).items():
         if name not in known:
-            leaf = name.rpartition(".")[2]
-            near = nearest(name, known).split(" Known:")[0]
-            if near.startswith("Known"):
-                same = [k for k in known if k.rpartition(".")[2] == leaf]
-                near = f"did you mean '{same[0]}'?" if same else "see 'fastcil methods NAME'."
-            raise FastcilError(f"option '{name}' is unknown; {near}")
+            raise FastcilError(_unknown(name, list(known)))
+        wanted = known[name]
+        if dataclasses.is_dataclass(wanted):
+            inside = f"{name}.{dataclasses.fields(wanted)[0].name}"
+            raise FastcilError(
+                f"option '{name}' is {value!r}, but it is a group; set what is in it, as '{inside}'."
+            )
+        if value is None and type(None) not in typing.get_args(wanted):
+            raise FastcilError(f"option '{name}' is None; it must be {_type_name(str(wanted))}.")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    """What to say of an option that nothing knows."""
+    if name in ARGUMENTS:
+        return f"option '{name}' is none; it is an argument of its own, so pass {name}=... itself."
+    leaf = name.rpartition(".")[2]
+    near = nearest(name, [*known, *ARGUMENTS]).split(" Known:")[0]
+    if near.startswith("Known"):
+        same = [k for k in known if k.rpartition(".")[2] == leaf]
+        near = f"did you mean '{same[0]}'?" if same else "see 'fastcil methods NAME'."
+    return f"option '{name}' is unknown; {near}"
 
 
 def make_settings(
@@ -289,7 +305,9 @@ def make_settings(
     nested = nest(options or {})
     check_keys(nested, types)
     codec = check_codec(method, codec)
-    return Settings(method, build_groups(nested, types), codec)
+    # One spelling, whatever was typed: it names folders and is compared on resuming.
+    name, addons = parse_composition(method)
+    return Settings("+".join([name, *addons]), build_groups(nested, types), codec)
 
 
 def build_groups(nested: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
@@ -312,12 +330,22 @@ def build_groups(nested: Mapping[str, Any], types: Mapping[str, type]) -> dict[s
 def explain(error: Exception) -> str:
     """jsonargparse's complaint, as a sentence of ours where its form is known."""
     text = " ".join(str(error).split())
-    found = re.search(r'key "([^"]+)": (?:Expected|expected) an? (.+?)\. Got value: (.*)$', text)
-    if found is None:
-        return f"an option has a value that won't do: {text}"
-    name, wanted, value = found.groups()
-    wanted = re.sub(r"<class '([^']+)'>|typing\.", lambda m: m[1] or "", wanted)
-    return f"option '{name}' is {value!r}; it must be {wanted}."
+    for form in _COMPLAINTS:
+        found = re.search(form, text)
+        if found is not None:
+            name, wanted, value = found.groups()
+            return f"option '{name}' is {value!r}; it must be {_type_name(wanted)}."
+    group = re.search(r"key \"([^\"]+)\": Unable to load config '([^']*)'", text)
+    if group is not None:
+        return f"option '{group[1]}' is {group[2]!r}, but it is a group; set what is in it."
+    return f"an option has a value that won't do: {text}"
+
+
+def _type_name(text: str) -> str:
+    """A type as people read it."""
+    text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
+    text = re.sub(r", NoneType$", " or None", text)
+    return re.sub(r"Literal\[([^]]*)\]", r"one of \1", text)
 
 
 def check_codec(method: str, codec: str | None) -> str | None:
@@ -351,7 +379,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(loaded, dict):
         raise FastcilError(f"config '{path}' holds no options; write 'name: value' lines.")
-    return loaded
+    return {str(name): value for name, value in loaded.items() if value is not None}
 
 
 def merge_options(preset: str | Path | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,18 +44,34 @@ def natural_look(images: ImageStore, options: AugmentOptions) -> tuple[int, str]
     small = alike and side <= _SMALL
     size = options.size if options.size is not None else (side if small else 224)
     crop = options.crop or ("padded" if small and size == side else "resized")
-    if crop == "padded" and not (alike and side == size):
-        raise FastcilError(
-            f"augment.crop is 'padded', which needs all images to be {size} x {size}; "
-            f"use 'resized'."
-        )
+    check_crop(images, size, crop)
     return size, crop
+
+
+def check_crop(images: ImageStore, size: int, crop: str) -> None:
+    """Refuses images that the way of cropping does not suit.
+
+    Raises:
+        FastcilError: ``crop`` is ``padded`` and an image is of another size than the network sees:
+            it would train on parts and test on images squeezed whole.
+    """
+    odd = (images.sizes != size).any(1).nonzero().flatten().tolist() if crop == "padded" else []
+    if odd:
+        height, width = images.sizes[odd[0]].tolist()
+        raise FastcilError(
+            f"augment.crop is 'padded', which needs all images to be {size} x {size}, and image "
+            f"{odd[0]} is {height} x {width}; use 'resized'."
+        )
 
 
 def make_augmentation(
     options: AugmentOptions, size: int, crop: str, published_policy: bool
 ) -> Augmentation:
-    """The augmentation of a run; ``published_policy`` is whether the method's recipe has one."""
+    """The augmentation of a run; ``published_policy`` is whether the method's recipe has one.
+
+    Raises:
+        FastcilError: An option out of its range.
+    """
     cifar = size <= _CIFAR
     policy = options.policy
     if policy == "auto":
@@ -64,17 +80,20 @@ def make_augmentation(
     if cutout is None:
         cutout = 16 if published_policy and cifar and policy != "none" else 0
     make = Augmentation.cifar if cifar else Augmentation.photos
-    return make(
-        size=size,
-        crop=crop,
-        min_scale=options.min_scale,
-        padding=options.padding,
-        flip=options.flip,
-        brightness=options.brightness,
-        policy=policy,
-        cutout=cutout,
-        antialias=options.antialias,
-    )
+    try:
+        return make(
+            size=size,
+            crop=crop,
+            min_scale=options.min_scale,
+            padding=options.padding,
+            flip=options.flip,
+            brightness=options.brightness,
+            policy=policy,
+            cutout=cutout,
+            antialias=options.antialias,
+        )
+    except ValueError as error:
+        raise FastcilError(f"augment.{error}") from error
 
 
 def make_backbone_builder(options: NetworkOptions, size: int) -> Callable[[], nn.Module]:

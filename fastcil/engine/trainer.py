@@ -56,7 +56,8 @@ class _Lane:
         self.loader = Loader(stage.streams, augmentation, device, key)
         self.optimizer = stage.recipe.make_optimizer(self.parameters)
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-        self.steps = stage.steps if stage.steps else self.loader.steps
+        # Without any image there is nothing to step on.
+        self.steps = stage.steps if stage.steps and self.loader.steps else self.loader.steps
         self.sums: dict[str, Tensor] = {}
         self.done = 0
 
@@ -93,6 +94,8 @@ class _Lane:
         """Sums losses on the device: reading them would wait for it."""
         self.done += 1
         for name, value in losses.items():
+            # In half precision a sum over an epoch would stand still.
+            value = value.float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def mean_losses(self) -> dict[str, float]:
@@ -201,6 +204,9 @@ class Trainer:
         for epoch in range(self.cursor.epoch, stage.recipe.epochs):
             self._run_epoch(stage, epoch)
             self.cursor.epoch, self.cursor.step = epoch + 1, 0
+        for lane in self._lanes:
+            # What is frozen next would keep its last gradients for good.
+            lane.optimizer.zero_grad(set_to_none=True)
         if stage.finish is not None:
             stage.finish()
 

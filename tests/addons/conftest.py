@@ -205,7 +205,7 @@ def make_examples(labels: Sequence[int], seed: int, sides: tuple[int, int] = (20
         image = torch.randint(0, 90, (height, width, 3), generator=generator)
         image[4:12, 5:14, label % 3] = 240
         images.append(image.to(torch.uint8).numpy())
-    return Examples(ImageStore.from_images(images), torch.tensor(list(labels)))
+    return Examples(ImageStore.from_images(images), torch.tensor(list(labels), dtype=torch.int64))
 
 
 def make_task(index: int = 0, classes: int = 2, per_class: int = 4) -> Task:
