@@ -113,6 +113,11 @@ def _write_report(run_dir: str) -> int:
 def _methods(arguments: list[str]) -> int:
     from fastcil.engine.catalogue import describe, list_all
 
+    if arguments[:1] in (["-h"], ["--help"]):
+        print("usage: fastcil methods [NAME]\n\nlists what there is, or one's options")
+        return 0
+    if len(arguments) > 1:
+        raise FastcilError(f"methods takes one name; it got {len(arguments)}.")
     print(describe(arguments[0]) if arguments else list_all())
     return 0
 
@@ -120,6 +125,9 @@ def _methods(arguments: list[str]) -> int:
 def _doctor(arguments: list[str]) -> int:
     from fastcil.engine.doctor import findings
 
+    if arguments in (["-h"], ["--help"]):
+        print("usage: fastcil doctor\n\nlists what this machine and installation can do")
+        return 0
     if arguments:
         raise FastcilError(f"doctor takes no argument; it got '{arguments[0]}'.")
     for name, finding, good in findings():

@@ -91,11 +91,21 @@ def _methods_in(arguments: Sequence[str], which: str) -> str | None:
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return parser.parse_args(list(arguments))
+            return parser.parse_args([_underscored(parser, a) for a in arguments])
     except FastcilError:
         raise
     except Exception as error:
         raise FastcilError(_complaint(parser, error)) from error
+
+
+def _underscored(parser: ArgumentParser, argument: str) -> str:
+    """``--run-dir`` as ``--run_dir``, where only that is known."""
+    flag, equals, value = argument.partition("=")
+    known = parser._option_string_actions
+    other = "--" + flag[2:].replace("-", "_")
+    if flag.startswith("--") and flag not in known and other in known:
+        return f"{other}{equals}{value}"
+    return argument
 
 
 def _complaint(parser: ArgumentParser, error: Exception) -> str:

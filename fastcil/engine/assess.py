@@ -18,7 +18,8 @@ def assess(learner: str | Path, data: Any, device: str = "auto") -> dict[str, di
     """Accuracy of a saved Learner on the test part of some data, classes matched by name.
 
     Args:
-        learner: A file that `Learner.save` wrote, or a run directory (its first seed).
+        learner: A file that `Learner.save` wrote, a run directory (its lowest seed), or one seed's
+            folder there.
         data: Anything `fastcil.train` takes.
         device: Where to compute.
 
@@ -28,13 +29,7 @@ def assess(learner: str | Path, data: Any, device: str = "auto") -> dict[str, di
     Raises:
         FastcilError: No Learner there, or no class in common.
     """
-    path = Path(learner)
-    if path.is_dir():
-        found = sorted(path.glob(f"**/{LEARNER}"))
-        if not found:
-            raise FastcilError(f"learner is '{path}', a folder with no finished run in it.")
-        path = found[0]
-    loaded = Learner.load(path, device=device)
+    loaded = Learner.load(_find(Path(learner)), device=device)
     dataset = load(data)
     place = {name: k for k, name in enumerate(loaded.class_names)}
     labels = torch.tensor([place.get(name, -1) for name in dataset.class_names])
@@ -51,3 +46,18 @@ def assess(learner: str | Path, data: Any, device: str = "auto") -> dict[str, di
         name: {top: 100.0 * sum(c[top]) / len(test) for top in ("top1", "top5")}
         for name, c in counts.items()
     }
+
+
+def _find(path: Path) -> Path:
+    """The file of a learner, of a seed's folder or of a run directory."""
+    if not path.is_dir():
+        return path
+    if (path / LEARNER).is_file():
+        return path / LEARNER
+    seeds = {int(f.parent.name[5:]): f for f in path.glob(f"seed-*/{LEARNER}")}
+    if not seeds:
+        raise FastcilError(
+            f"learner is '{path}', a folder with no finished run in it; pass a run directory, of a "
+            f"comparison the one of a single method."
+        )
+    return seeds[min(seeds)]

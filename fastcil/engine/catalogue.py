@@ -23,7 +23,19 @@ def list_all() -> str:
 
 
 def describe(name: str) -> str:
-    """A method's or addon's docstring and its options with their defaults."""
+    """What a method, an addon or a codec is, and its options with their defaults.
+
+    Args:
+        name: As registered, or a composition.
+
+    Raises:
+        FastcilError: The name is unknown.
+    """
+    return "\n\n".join(_describe(part.strip()) for part in name.split("+"))
+
+
+def _describe(name: str) -> str:
+    """The docstring of one part, and its options."""
     name = ALIASES.get(name, name)
     for kind, table in (("method", METHODS), ("addon", ADDONS), ("codec", CODECS)):
         if name in table:

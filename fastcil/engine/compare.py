@@ -143,12 +143,12 @@ def _figure(mean: float, half: float | None, sign: bool = False) -> str:
 
 
 def compare(
-    methods: Sequence[str],
+    methods: Sequence[str] | str,
     data: Any = "scenes",
     scenario: str | Scenario = "lfs-5",
     memory: str | Budget = "2000 images",
     codec: str | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | int = (0,),
     device: str = "auto",
     run_dir: str | Path | None = None,
     preset: str | Path | None = None,
@@ -159,7 +159,7 @@ def compare(
     """Runs methods x seeds at equal memory; finished runs in ``run_dir`` are read, not repeated.
 
     Args:
-        methods: Compositions; differences are paired with the first.
+        methods: Compositions, or text with commas between; differences are paired with the first.
         data: See `fastcil.train`.
         scenario: See `fastcil.train`.
         memory: The budget of every method.
@@ -177,15 +177,18 @@ def compare(
     Raises:
         FastcilError: As `fastcil.train`, before the first run begins.
     """
-    if not methods or len(set(methods)) != len(methods):
+    if isinstance(methods, str):
+        methods = methods.split(",")
+    names = ["+".join([name, *addons]) for name, addons in map(parse_composition, methods)]
+    if not names or len(set(names)) != len(names):
         raise FastcilError(
             f"methods is {tuple(methods)}; name one or more different methods, as in "
             f"'foster,foster+cim'."
         )
     merged = merge_options(preset, options)
-    check_keys(merged, config_types(methods))
+    check_keys(merged, config_types(names))
     plans: dict[str, Plan] = {}
-    for method in methods:
+    for method in names:
         name, addons = parse_composition(method)
         plan = make_plan(
             method,

@@ -18,7 +18,7 @@ from fastcil.engine.export import export_method
 from fastcil.engine.options import Settings, make_settings
 from fastcil.engine.parts import Parts
 from fastcil.engine.progress import make_progress
-from fastcil.engine.resolve import as_images, natural_look, pick_device
+from fastcil.engine.resolve import as_images, check_crop, natural_look, pick_device
 from fastcil.engine.seeds import mix
 from fastcil.engine.state import (
     load_state,
@@ -91,6 +91,8 @@ class Learner:
         self.settings = settings or make_settings(method, options, codec)
         self.budget = memory if isinstance(memory, Budget) else Budget.parse(memory)
         self.device = pick_device(device)
+        if seed < 0:
+            raise FastcilError(f"seed is {seed}; it must be a whole number from 0 on.")
         self.seed = seed
         self.class_names: tuple[str, ...] = ()
         self.tasks: list[int] = []
@@ -119,12 +121,12 @@ class Learner:
         return self.parts.memory
 
     def learn(self, data: Any, *, names: Sequence[str] | None = None) -> Learner:
-        """Adds the classes of ``data``.
+        """Adds the classes of ``data``; if that fails, the learner is as it was before.
 
         Args:
             data: A folder or ``.tar`` of ``<class>/...`` images, a dict from class name to
                 images, arrays ``(x, y)``, or anything else `fastcil.data.load_examples` reads.
-            names: Class names for arrays, by label.
+            names: Class names for arrays, one for each label that occurs, in ascending order.
 
         Returns:
             The learner itself.
@@ -133,14 +135,36 @@ class Learner:
             FastcilError: Data that can't be used, or a class that is known already.
         """
         examples, found = load_examples(data, skip_bad=self.settings.groups["load"].skip_bad)
-        found = tuple(names) if names is not None else found
+        if names is not None:
+            if len(names) != len(found) or len(set(names)) != len(names):
+                raise FastcilError(
+                    f"names is {tuple(names)} for data with {len(found)} classes; "
+                    f"give each class a name of its own."
+                )
+            found = tuple(names)
         task = self.next_task(examples, found)
         tell = make_progress(self.settings.engine.progress)
         tell("run", {"method": self.settings.method, "tasks": 1})
-        self.learn_task(task, found, tell)
-        tell("finished", {})
-        self.method.release()
+        tell("task", {"task": task.index, "tasks": task.index + 1})
+        before = self.parts.snapshot() if self.class_names else None
+        try:
+            self.learn_task(task, found, tell)
+            self.method.release()
+        except BaseException:
+            self._go_back(task.index, before)
+            raise
+        finally:
+            tell("finished", {})
         return self
+
+    def _go_back(self, tasks: int, before: dict[str, Any] | None) -> None:
+        """Undoes what was begun: a network with room for half-learned classes fits nothing."""
+        del self.tasks[tasks:]
+        self.class_names = self.class_names[: sum(self.tasks)]
+        if before is None:
+            self._parts = None
+        else:
+            self.parts.restore(before)
 
     def next_task(self, examples: Examples, names: Sequence[str]) -> Task:
         """The task that brings classes not known yet, with labels moved behind the known ones."""
@@ -240,7 +264,7 @@ class Learner:
         entries = [self.memory.retained(), *self.method.retained()]
         held = {entry.name: entry.nbytes for entry in entries}
         budgeted = sum(e.nbytes for e in entries if self.budget.counts(e.kind))
-        return {**held, "budgeted": budgeted, "all": sum(held.values())}
+        return {**held, "budgeted": budgeted, "all": sum(e.nbytes for e in entries)}
 
     def predict(self, images: Any) -> Prediction:
         """Names the class of each image.
@@ -341,7 +365,7 @@ class Learner:
         learner.tasks = list(state["tasks"])
         parts = state["parts"]
         if parts is not None:
-            learner._make(parts["size"], parts["crop"])
+            learner._parts = learner._make(parts["size"], parts["crop"])
             learner.parts.restore(parts)
         return learner
 
@@ -354,11 +378,18 @@ class Learner:
         }
 
     def prepare(self, images: ImageStore) -> None:
-        """Makes method, addons and memory for images of this kind, the first time it is asked."""
-        if self._parts is None:
-            self._make(*natural_look(images, self.settings.groups["augment"]))
+        """Makes method, addons and memory for images of this kind, the first time it is asked.
 
-    def _make(self, size: int, crop: str) -> None:
-        self._parts = Parts.build(
-            self.settings, self.budget, self.device, size, crop, self._backbone
-        )
+        Raises:
+            FastcilError: Parts that don't fit together, or images that are cut in another way than
+                those seen before.
+        """
+        if self._parts is None:
+            parts = self._make(*natural_look(images, self.settings.groups["augment"]))
+            parts.check()
+            self._parts = parts
+        augmentation = self.parts.augmentation
+        check_crop(images, augmentation.size, augmentation.crop)
+
+    def _make(self, size: int, crop: str) -> Parts:
+        return Parts.build(self.settings, self.budget, self.device, size, crop, self._backbone)

@@ -206,15 +206,15 @@ def config_types(methods: Iterable[str]) -> dict[str, type]:
     return types
 
 
-def known_options(types: Mapping[str, type]) -> dict[str, Any]:
+def known_options(types: Mapping[str, Any]) -> dict[str, Any]:
     """Every dotted name that ``types`` knows, groups' own included, and the type of its value."""
     known: dict[str, Any] = {}
     for name, cls in types.items():
         known[name] = cls
-        hints = typing.get_type_hints(cls)
-        fields = {f"{name}.{f.name}": hints[f.name] for f in dataclasses.fields(cls)}
-        groups = {key: hint for key, hint in fields.items() if dataclasses.is_dataclass(hint)}
-        known.update({**fields, **known_options(groups)})
+        hints: dict[str, Any] = typing.get_type_hints(cls)
+        for option in dataclasses.fields(cls):
+            key, hint = f"{name}.{option.name}", hints[option.name]
+            known |= known_options({key: hint}) if dataclasses.is_dataclass(hint) else {key: hint}
     return known
 
 
@@ -269,7 +269,8 @@ def check_keys(options: Mapping[str, Any], types: Mapping[str, type]) -> None:
         if dataclasses.is_dataclass(wanted):
             inside = f"{name}.{dataclasses.fields(wanted)[0].name}"
             raise FastcilError(
-                f"option '{name}' is {value!r}, but it is a group; set what is in it, as '{inside}'."
+                f"option '{name}' is {value!r}, but it is a group; set what is in it, "
+                f"such as '{inside}'."
             )
         if value is None and type(None) not in typing.get_args(wanted):
             raise FastcilError(f"option '{name}' is None; it must be {_type_name(str(wanted))}.")
@@ -278,7 +279,7 @@ def check_keys(options: Mapping[str, Any], types: Mapping[str, type]) -> None:
 def _unknown(name: str, known: list[str]) -> str:
     """What to say of an option that nothing knows."""
     if name in ARGUMENTS:
-        return f"option '{name}' is none; it is an argument of its own, so pass {name}=... itself."
+        return f"'{name}' is no option but an argument of its own; pass it beside the options."
     leaf = name.rpartition(".")[2]
     near = nearest(name, [*known, *ARGUMENTS]).split(" Known:")[0]
     if near.startswith("Known"):

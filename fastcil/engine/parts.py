@@ -14,6 +14,7 @@ from fastcil.data import Augmentation
 from fastcil.engine.context import EngineContext
 from fastcil.engine.options import Settings
 from fastcil.engine.resolve import make_augmentation, make_backbone_builder
+from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import Budget, Codec, Memory, make_codec
 
 
@@ -56,7 +57,15 @@ class Parts:
             size: Side of the square that the network sees.
             crop: How training images are cut.
             backbone: Builds a feature extractor of the user's own.
+
+        Raises:
+            FastcilError: Options out of range, or parts that don't fit together.
         """
+        if isinstance(backbone, nn.Module):
+            raise FastcilError(
+                "backbone is a network; pass what builds one, such as its class, since a method "
+                "may need several."
+            )
         method_name, addon_names = settings.parts
         method_class: Any = lookup("method", method_name)
         augmentation = make_augmentation(
@@ -85,6 +94,26 @@ class Parts:
         """The method, then its addons: who hears of each task, in this order."""
         return [self.method, *self.addons]
 
+    def check(self) -> None:
+        """Makes sure, before any training, that what is made as it goes can be made.
+
+        Raises:
+            FastcilError: The backbone can't be built or is none; the codec's boxes come from
+                nowhere.
+        """
+        backbone = self.context.make_backbone()
+        if not hasattr(backbone, "out_channels"):
+            raise FastcilError(
+                f"backbone makes a module of type {type(backbone).__name__}, which has no "
+                f"out_channels; set it to the number of channels of its feature maps."
+            )
+        finds_boxes = any(type(addon).boxes is not Addon.boxes for addon in self.addons)
+        if self.memory.codec.needs_boxes and not finds_boxes:
+            raise CompositionError(
+                f"codec is '{self.memory.codec.name}', which keeps a box of every image sharp; add "
+                f"an addon that finds boxes ('cam', 'cim'), or leave codec out."
+            )
+
     def to_device(self) -> None:
         """Moves networks to the device; memory stays where the reader wants it."""
         for part in self.learners:
@@ -101,6 +130,13 @@ class Parts:
                 {"structure": part.structure(), "tensors": part.tensors()} for part in self.learners
             ],
         }
+
+    def snapshot(self) -> dict[str, Any]:
+        """A `state` that training does not change; memory replaces its buffers, never writes."""
+        state = self.state()
+        for part in state["learners"]:
+            part["tensors"] = {name: value.clone() for name, value in part["tensors"].items()}
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Puts everything back to the moment of a `state`."""

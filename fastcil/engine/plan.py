@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import yaml
 from fastcil.data import Dataset, load
 from fastcil.engine.environment import environment
 from fastcil.engine.options import Settings, make_settings
-from fastcil.engine.resolve import pick_device
+from fastcil.engine.parts import Parts
+from fastcil.engine.resolve import natural_look, pick_device
 from fastcil.engine.scenario import Scenario, make_scenario
 from fastcil.engine.state import write_atomically
 from fastcil.errors import FastcilError
@@ -55,8 +58,14 @@ class Plan:
         """What an unfinished run must share to be gone on with."""
         config = self.config()
         config["engine"] = {k: v for k, v in config["engine"].items() if k not in _FREE}
-        config.pop("seeds")
+        for name in ("seeds", "load"):
+            config.pop(name)
         config["images"] = fingerprint(self.dataset)
+        config["tasks"] = _stream_fingerprint(self.scenario)
+        if self.backbone is not None:
+            config["backbone"] = getattr(
+                self.backbone, "__qualname__", type(self.backbone).__name__
+            )
         return config
 
 
@@ -71,45 +80,78 @@ def fingerprint(dataset: Dataset) -> str:
     return f"{len(dataset.train)}+{len(dataset.test)} images, crc32 {value:08x}"
 
 
+def _stream_fingerprint(scenario: Scenario) -> str:
+    """A checksum that tells apart two streams of one name: each task's classes and images."""
+    value = 0
+    for arrival in scenario.arrivals:
+        images = [] if arrival.images is None else arrival.images.tolist()
+        value = zlib.crc32(repr((arrival.classes, images)).encode(), value)
+    return f"{len(scenario.arrivals)} tasks, crc32 {value:08x}"
+
+
 def make_plan(
     method: str,
     data: Any,
     scenario: str | Scenario,
     memory: str | Budget,
     codec: str | None,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | int,
     device: str,
     backbone: Callable[[], torch.nn.Module] | None,
     options: Mapping[str, Any],
 ) -> Plan:
-    """Checks every argument, and reads the data, before anything is written."""
+    """Checks every argument, reads the data and makes every part, before anything is written."""
     settings = make_settings(method, options, codec)
     budget = memory if isinstance(memory, Budget) else Budget.parse(memory)
-    if not seeds or len(set(seeds)) != len(seeds) or any(s < 0 for s in seeds):
+    seeds = _check_seeds(seeds)
+    place = pick_device(device)
+    if settings.engine.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise FastcilError(
-            f"seeds is {tuple(seeds)}; give one or more different whole numbers from 0 on."
+            "engine.tensorboard is True, which needs the package tensorboard; "
+            "pip install 'fastcil[tensorboard]'."
         )
-    pick_device(device)
     groups = settings.groups
     dataset = load(data, skip_bad=groups["load"].skip_bad, download=groups["load"].download)
+    stream = make_scenario(scenario, dataset, settings.engine.order_seed)
+    size, crop = natural_look(dataset.train.images, groups["augment"])
+    Parts.build(settings, budget, place, size, crop, backbone).check()
     return Plan(
         settings,
         dataset,
-        make_scenario(scenario, dataset, settings.engine.order_seed),
+        stream,
         budget,
-        tuple(seeds),
+        seeds,
         device,
         str(data) if isinstance(data, (str, Path)) else dataset.name,
         backbone,
     )
 
 
+def _check_seeds(seeds: Sequence[int] | int) -> tuple[int, ...]:
+    """One seed or several, as a tuple."""
+    given = tuple(seeds) if isinstance(seeds, Iterable) else (seeds,)
+    whole = all(isinstance(s, Integral) and not isinstance(s, bool) and s >= 0 for s in given)
+    if not given or not whole or len(set(given)) != len(given):
+        raise FastcilError(f"seeds is {given}; give one or more different whole numbers from 0 on.")
+    return tuple(int(s) for s in given)
+
+
 def claim(folder: Path, plan: Plan) -> None:
     """Makes the run directory, or checks that what lies there is the same run.
 
     Raises:
-        FastcilError: It holds a run of another config; the differences are named.
+        FastcilError: It holds a run of another config, whose differences are named; or nothing
+            can be written there.
     """
+    try:
+        _claim(folder, plan)
+    except OSError as error:
+        raise FastcilError(
+            f"run_dir is '{folder}', where nothing can be written: {error.strerror}."
+        ) from error
+
+
+def _claim(folder: Path, plan: Plan) -> None:
     identity = folder / "identity.yaml"
     now = yaml.safe_load(yaml.safe_dump(plan.identity()))
     if identity.is_file():
@@ -120,7 +162,7 @@ def claim(folder: Path, plan: Plan) -> None:
                 f"run_dir is '{folder}', which holds a run of another config "
                 f"({'; '.join(differences)}); use another directory, or the same options."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
         raise FastcilError(
             f"run_dir is '{folder}', which is not empty and holds no run; use an empty one."
         )

@@ -60,7 +60,7 @@ def check_crop(images: ImageStore, size: int, crop: str) -> None:
         height, width = images.sizes[odd[0]].tolist()
         raise FastcilError(
             f"augment.crop is 'padded', which needs all images to be {size} x {size}, and image "
-            f"{odd[0]} is {height} x {width}; use 'resized'."
+            f"{odd[0]} is {height} x {width}; 'resized' takes all sizes."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from fastcil.engine import metrics
 from fastcil.engine.learner import Learner
@@ -99,13 +100,16 @@ class Result:
         self.outcomes = outcomes
         self.run_dir = run_dir
         self._learner = learner
+        self._loaded: Learner | None = None
 
     @property
     def learner(self) -> Learner:
         """The trained Learner of the first seed, with its memory."""
         if self._learner is None:
             raise FastcilError("the result holds no learner; train with a run_dir to keep one.")
-        return self._learner()
+        if self._loaded is None:
+            self._loaded = self._learner()
+        return self._loaded
 
     @property
     def readouts(self) -> list[str]:
@@ -203,8 +207,19 @@ class Result:
         }
 
     @classmethod
-    def load(cls, path: str | Path) -> Result:
-        """Loads a result from its file or from its run directory.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        backbone: Callable[[], nn.Module] | None = None,
+    ) -> Result:
+        """Loads a result from its file, its run directory or one seed's folder there.
+
+        Args:
+            path: Where it is.
+            device: Where its learner is put when it is asked for.
+            backbone: The user's own backbone, which the learner needs if it was trained with one.
 
         Raises:
             FastcilError: No result there, or a damaged one.
@@ -225,12 +240,17 @@ class Result:
         except (ValueError, KeyError, TypeError) as error:
             raise FastcilError(f"'{file}' is no result of fastcil's: {error}.") from error
         saved = file.parent / f"seed-{outcomes[0].seed}" / "learner.safetensors"
+        if not saved.is_file():
+            # One seed's own folder holds its result and its learner side by side.
+            saved = file.parent / "learner.safetensors"
         return cls(
             config,
             environment,
             outcomes,
             file.parent,
-            (lambda: Learner.load(saved)) if saved.is_file() else None,
+            (lambda: Learner.load(saved, device=device, backbone=backbone))
+            if saved.is_file()
+            else None,
         )
 
     def __repr__(self) -> str:

@@ -34,7 +34,7 @@ def train(
     scenario: str | Scenario = "lfs-5",
     memory: str | Budget = "2000 images",
     codec: str | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | int = (0,),
     device: str = "auto",
     run_dir: str | Path | None = None,
     preset: str | Path | None = None,
@@ -128,6 +128,7 @@ class SeedRun:
     def run(self) -> SeedOutcome:
         """Runs what is left to run and hands over everything measured."""
         if self.folder is not None and (self.folder / RESULT).is_file():
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
             return Result.load(self.folder).outcomes[0]
         tell = self._listener()
         tell("run", {"method": self.plan.settings.method, "seed": self.seed})
@@ -155,6 +156,10 @@ class SeedRun:
     def _restore(self, tell: Listener) -> dict[str, Any] | None:
         """The learner where it was stopped, or a new one; returns what a task under way needs."""
         file = self.folder / CHECKPOINT if self.folder is not None else None
+        if self.folder is not None:
+            # What a kill left in the middle of a write.
+            for draft in self.folder.glob(".*.safetensors.*"):
+                draft.unlink()
         if file is None or not file.is_file():
             plan = self.plan
             self.learner = Learner(
@@ -193,7 +198,8 @@ class SeedRun:
         plan, learner = self.plan, self.learner
         arrival, order = plan.scenario.arrivals[number], plan.scenario.order
         examples = pick(plan.dataset.train, arrival, order)
-        learner.prepare(examples.images)
+        # All images say how they are cut, not those that happen to come first.
+        learner.prepare(plan.dataset.train.images)
         place = {label: k for k, label in enumerate(order)}
         known = len(learner.class_names)
         classes = sorted(place[c] for c in arrival.classes)

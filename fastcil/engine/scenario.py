@@ -129,15 +129,41 @@ def make_scenario(
             arrivals.append(Arrival(tuple(order[start : start + size])))
             start += size
         return Scenario(scenario, tuple(arrivals))
-    for number, arrival in enumerate(scenario.arrivals):
-        if not arrival.classes or not all(0 <= c < total for c in arrival.classes):
-            raise FastcilError(
-                f"scenario's task {number} has classes {arrival.classes}; "
-                f"'{dataset.name}' has labels 0 to {total - 1}."
-            )
     if not scenario.arrivals:
         raise FastcilError("scenario has no task; give at least one Arrival.")
+    for name in ("task_aware", "online"):
+        if getattr(scenario, name):
+            raise FastcilError(
+                f"scenario.{name} is True, which no method of this version can do; leave it False."
+            )
+    known: set[int] = set()
+    for number, arrival in enumerate(scenario.arrivals):
+        _check_arrival(f"scenario's task {number}", arrival, dataset, known)
+        known |= set(arrival.classes)
     return scenario
+
+
+def _check_arrival(what: str, arrival: Arrival, dataset: Dataset, known: set[int]) -> None:
+    """Refuses classes or images that the data set does not have, and classes without an image."""
+    classes, total = arrival.classes, len(dataset.class_names)
+    if not classes or not all(0 <= c < total for c in classes):
+        raise FastcilError(
+            f"{what} has classes {classes}; '{dataset.name}' has labels 0 to {total - 1}."
+        )
+    if len(set(classes)) != len(classes):
+        raise FastcilError(f"{what} has classes {classes}; name each once.")
+    labels = dataset.train.labels.cpu()
+    if arrival.images is not None:
+        images = arrival.images
+        if images.dtype != torch.int64 or ((images < 0) | (images >= len(labels))).any():
+            raise FastcilError(
+                f"{what} has images that '{dataset.name}' has not; give int64 positions from 0 to "
+                f"{len(labels) - 1}."
+            )
+        labels = labels[images.cpu()]
+    empty = sorted(set(classes) - known - set(labels.unique().tolist()))
+    if empty or not torch.isin(labels, torch.tensor(classes)).any():
+        raise FastcilError(f"{what} has no image of class {(empty or classes)[0]}; give it some.")
 
 
 def pick(examples: Examples, arrival: Arrival, order: Sequence[int]) -> Examples:
@@ -148,7 +174,7 @@ def pick(examples: Examples, arrival: Arrival, order: Sequence[int]) -> Examples
     wanted = torch.isin(labels, torch.tensor(arrival.classes))
     if arrival.images is not None:
         chosen = torch.zeros_like(wanted)
-        chosen[arrival.images] = True
+        chosen[arrival.images.cpu()] = True
         wanted &= chosen
     index = wanted.nonzero().flatten()
     picked = examples.select(index)

@@ -1,11 +1,13 @@
-"""Results as `train` saves them, made up in milliseconds."""
+"""Results as `train` saves them, made up in milliseconds; and what it means to be equal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
 from fastcil.memory import Budget
@@ -77,3 +79,26 @@ def build_result(
 def make_result() -> Callable[..., Result]:
     """Makes a synthetic result; see `build_result`."""
     return build_result
+
+
+def check_same(a: Any, b: Any, place: str = "") -> None:
+    """Equal structure, equal numbers, equal bits in tensors; ``place`` says where they differ."""
+    assert type(a) is type(b), place
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            check_same(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), place
+        for k, (x, y) in enumerate(zip(a, b, strict=True)):
+            check_same(x, y, f"{place}[{k}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), place
+    else:
+        assert a == b, place
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """Compares nested state bit for bit; see `check_same`."""
+    return check_same

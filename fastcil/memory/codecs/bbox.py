@@ -36,6 +36,7 @@ class BBoxCodec(Codec):
     """
 
     name = "bbox"
+    needs_boxes = True
 
     def __init__(self, ratio: float = 4.0) -> None:
         number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)

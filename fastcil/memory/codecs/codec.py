@@ -24,6 +24,7 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    needs_boxes: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, images: ImageStore, boxes: Tensor | None) -> ImageStore:

@@ -1,0 +1,77 @@
+"""Compiled objectives: the same numbers as eager ones, task after task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastcil
+
+
+class Backbone(nn.Module):
+    out_channels = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.layers(images)
+        return maps
+
+
+@pytest.fixture
+def counted_compile(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """torch.compile traces and runs its graphs as they are; counts graphs and their calls."""
+    counts = {"graphs": 0, "calls": 0}
+    compile_ = torch.compile
+
+    def backend(graph: Any, inputs: Iterable[Tensor]) -> Callable[..., Any]:
+        counts["graphs"] += 1
+
+        def run(*args: Any) -> Any:
+            counts["calls"] += 1
+            return graph(*args)
+
+        return run
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_(function, backend=backend, **options)
+    )
+    return counts
+
+
+@pytest.mark.parametrize("method", ["finetune", "foster+cim"])
+def test_compiled_objectives_survive_growing_heads(method, counted_compile, assert_same) -> None:
+    """Three tasks with heads of 2, 3 and 5 classes give what eager training gives."""
+    rng = np.random.default_rng(0)
+    data = [
+        {f"{t}{k}": rng.integers(0, 256, (6, 12, 12, 3), np.uint8) for k in range(classes)}
+        for t, classes in enumerate((2, 1, 2))
+    ]
+    tensors, calls = [], []
+    for compiled in (False, True):
+        learner = fastcil.Learner(
+            method,
+            memory="8 images",
+            backbone=Backbone,
+            **{
+                "engine.compile": compiled,
+                "engine.epoch_scale": 0.01,
+                "engine.batch_size": 8,
+                "engine.progress": False,
+            },
+        )
+        for shelf in data:
+            learner.learn(shelf)
+            calls.append(counted_compile["calls"])
+        assert learner.predict(data[0]["00"]).scores.shape == (6, 5)
+        tensors.append(learner.parts.state())
+    eager, compiled = calls[:3], calls[3:]
+    assert eager == [0, 0, 0] and 0 < compiled[0] < compiled[1] < compiled[2]
+    assert_same(tensors[0], tensors[1])
