@@ -8,7 +8,7 @@ MARKERS ?= not slow and not gpu
 # Room for two raw exemplars of each class, and a twentieth of FOSTER's epochs without its
 # AutoAugment, which so short a run has no time to learn through: minutes on two cores.
 DEMO_ARGS ?= --methods foster,foster+cim --data scenes:classes=12 --scenario lfs-3 \
-  --memory 300KiB --engine.epoch_scale 0.06 --engine.batch_size 32 --network.width 16 \
+  --memory 300KiB --engine.epoch_scale 0.05 --engine.batch_size 32 --network.width 16 \
   --augment.policy none --augment.padding 8 --run_dir demo
 
 ifeq ($(strip $(VENV)),)

@@ -100,7 +100,8 @@ class Stage:
         parameters: Returns what is trained; asked when the stage begins, after ``begin``.
         primary: Whether this stage learns the task's new data: addons attach to such stages.
         logits: Images -> logits of the classifier this stage trains (for addons).
-        begin: Called before the first epoch.
+        begin: Called before the first epoch, everything being in training mode. Of the modes it
+            sets, a resumed run knows what `fastcil.nn.Network.freeze` froze.
         finish: Called after the last epoch.
         before_epoch: Called with the epoch's number before each epoch.
         companions: Stages that take a few steps of their own after each epoch of this one. Of a

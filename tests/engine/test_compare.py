@@ -140,6 +140,19 @@ def test_rows_are_computed_by_hand(compared) -> None:
         assert row.nbytes == max(o.tasks[-1].nbytes["budgeted"] for o in result.outcomes)
 
 
+def test_differences_are_paired_seed_by_seed(make_result) -> None:
+    results = {m: make_result(m, seeds=(0, 1, 2, 3)) for m in ("er", "der")}
+    own, theirs = (np.array(results[m].per_seed("last")) for m in ("der", "er"))
+    assert len({*own}) == len({*theirs}) == 4
+    paired = own - theirs
+    # Student's t, three degrees of freedom: 3.182446.
+    half = 3.182446 * np.std(paired, ddof=1) / math.sqrt(4)
+    row = Comparison(results).rows()[1]
+    assert row.differences["last"] == pytest.approx((paired.mean(), half), rel=1e-5)
+    unpaired = 3.182446 * np.std(own - theirs[::-1], ddof=1) / math.sqrt(4)
+    assert half != pytest.approx(unpaired, rel=1e-3)
+
+
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_intervals_only_from_three_seeds_on(compared, seeds) -> None:
     _, comparison = compared

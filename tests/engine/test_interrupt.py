@@ -101,7 +101,7 @@ def test_stopped_again_and_again_ends_in_the_same_bits(
     whole = run(method, tmp_path / "whole", **{"engine.checkpoint_seconds": 1e9})
     total, interruptions.steps = interruptions.steps, 0
     # Every sitting does a few steps, so that each stage of each task is stopped in its middle.
-    share, stops = max(3, total // 12), 0
+    share, stops = max(3, total // 7), 0
     interruptions.stop_after = share
     while True:
         try:
@@ -148,10 +148,9 @@ def test_a_learner_that_is_stopped_is_as_it_was(
     method, when, monkeypatch: pytest.MonkeyPatch, assert_same
 ) -> None:
     """What was begun is undone: learning the same classes again is as if nothing had happened."""
-    options = {**OPTIONS, "network.name": "resnet20", "network.width": 4}
     shelves = [{f"{t}{k}": draw(7, 10 * t + k)[0][:7] for k in range(2)} for t in range(2)]
-    learner = Learner(method, memory="10 images", **options)
-    other = Learner(method, memory="10 images", **options)
+    learner = Learner(method, memory="10 images", backbone=Tiny, **OPTIONS)
+    other = Learner(method, memory="10 images", backbone=Tiny, **OPTIONS)
     run_stages = Trainer.run
 
     def stop(*_: Any, **__: Any) -> None:

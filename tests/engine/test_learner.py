@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from fastcil.data import load
 from fastcil.engine.state import load_state
 
 OPTIONS = {
-    "engine.epoch_scale": 0.02,
+    "engine.epoch_scale": 0.01,
     "engine.batch_size": 16,
     "engine.progress": False,
     "engine.threads": 1,
@@ -27,17 +28,16 @@ OPTIONS = {
     "network.width": 4,
     "augment.size": 32,
 }
-LEARN = """
+BEGIN = """
 import sys, fastcil
-target, source, *folders = sys.argv[1:]
-options = {options!r}
-if source == "new":
-    learner = fastcil.Learner("foster+cim", memory="150KiB", seed=3, **options)
-else:
-    learner = fastcil.Learner.load(source)
-for folder in folders:
-    learner.learn(folder)
-learner.save(target)
+target, folder = sys.argv[1:]
+learner = fastcil.Learner("foster+cim", memory="150KiB", seed=3, **{options!r})
+learner.learn(folder).save(target)
+"""
+GO_ON = """
+import sys, fastcil
+target, source, folder = sys.argv[1:]
+fastcil.Learner.load(source).learn(folder).save(target)
 """
 PREDICT = """
 import json, sys, cv2, fastcil
@@ -79,37 +79,26 @@ def shelves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[
 
 @pytest.fixture(scope="module")
 def saved(shelves, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same two shelves learned in two processes, and in one."""
+    """The same two shelves learned in two processes, and in this one."""
     folder = tmp_path_factory.mktemp("learners")
     first, second, _ = shelves
-    script = LEARN.format(options=OPTIONS)
     files = {name: folder / f"{name}.safetensors" for name in ("half", "resumed", "whole")}
-    python(script, files["half"], "new", first)
-    python(script, files["resumed"], files["half"], second)
-    python(script, files["whole"], "new", first, second)
+    python(BEGIN.format(options=OPTIONS), files["half"], first)
+    python(GO_ON, files["resumed"], files["half"], second)
+    learner = fastcil.Learner("foster+cim", memory="150KiB", seed=3, **OPTIONS)
+    learner.learn(first).learn(second).save(files["whole"])
     return files
 
 
-def test_three_processes_equal_one(saved, shelves) -> None:
+def test_three_processes_equal_one(saved, shelves, assert_same) -> None:
     resumed, whole = (load_state(saved[name]) for name in ("resumed", "whole"))
     assert resumed["class_names"] == whole["class_names"] and len(whole["class_names"]) == 10
-
-    def same(a, b, place=""):
-        if isinstance(a, dict):
-            assert a.keys() == b.keys(), place
-            for key in a:
-                same(a[key], b[key], f"{place}.{key}")
-        elif isinstance(a, (list, tuple)):
-            for k, (x, y) in enumerate(zip(a, b, strict=True)):
-                same(x, y, f"{place}[{k}]")
-        elif isinstance(a, torch.Tensor):
-            assert torch.equal(a, b), place
-        else:
-            assert a == b, place
-
-    same(resumed, whole)
+    assert_same(resumed, whole)
     tests = shelves[2]
-    assert python(PREDICT, saved["resumed"], *tests) == python(PREDICT, saved["whole"], *tests)
+    names, scores = json.loads(python(PREDICT, saved["resumed"], *tests))
+    images = [cv2.imread(str(path), cv2.IMREAD_COLOR_RGB) for path in tests]
+    here = fastcil.Learner.load(saved["whole"]).predict(images)
+    assert names == list(here.names) and scores == here.scores.tolist()
 
 
 def test_memory_keeps_its_budget_and_its_classes(saved) -> None:
@@ -169,3 +158,78 @@ def test_an_untrained_learner_says_so(tmp_path) -> None:
         with pytest.raises(fastcil.FastcilError, match="knows no class yet"):
             attempt()
     assert not list(tmp_path.iterdir())
+
+
+def noise(count: int, height: int = 32, width: int = 32) -> np.ndarray:
+    shape = (count, height, width, 3)
+    return np.random.default_rng(count).integers(0, 256, shape, dtype=np.uint8)
+
+
+class Convolution(torch.nn.Conv2d):
+    """The least backbone there is."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 6, 3, stride=4)
+
+
+def test_icarl_exports_what_it_predicts_by(tmp_path) -> None:
+    """The nearest mean of exemplars, which is its own readout, and not its linear head."""
+    learner = fastcil.Learner("icarl", memory="8 images", backbone=Convolution, **OPTIONS)
+    learner.learn({"a": noise(6), "b": noise(7)}).learn({"c": noise(8)})
+    program = torch.export.load(learner.export(tmp_path / "icarl.pt2", format="torch"))
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), evaluating(learner.method):
+        scores, linear = learner.method.nearest_mean(images), learner.method.logits(images)
+    got = program.module()(images)
+    torch.testing.assert_close(got, scores, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, linear, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "data, names, says",
+    [
+        ((noise(4), [0, 0, 3, 3]), ("a",), "names is ('a',) for data with 2 classes"),
+        ((noise(4), [0, 0, 3, 3]), ("a", "b", "c"), "for data with 2 classes"),
+        ((noise(4), [0, 0, 3, 3]), ("a", "a"), "give each class a name of its own"),
+        ({"a": noise(4), "old": noise(4)}, None, "brings the class 'old', which is known already"),
+        ({"a": noise(4, 30, 32)}, None, "image 0 is 30 x 32; 'resized' takes all sizes"),
+    ],
+)
+def test_what_can_not_be_learned_leaves_the_learner_as_it_was(data, names, says) -> None:
+    options = {**OPTIONS, "augment.size": None}
+    learner = fastcil.Learner("finetune", memory="none", **options).learn({"old": noise(4)})
+    assert learner.parts.augmentation.crop == "padded"
+    with pytest.raises(fastcil.FastcilError) as caught:
+        learner.learn(data, names=names)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert learner.class_names == ("old",)
+    assert learner.learn((noise(4), [0, 0, 3, 3]), names=("x", "y")).class_names == (
+        *("old", "x", "y"),
+    )
+    assert set(learner.predict(noise(3, 40, 50)).names) <= {"old", "x", "y"}
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"device": "tpu9"}, "device is 'tpu9'"),
+        ({"memory": 64}, "memory is 64, without a unit"),
+        ({"codec": "bbox"}, "codec is 'bbox', which keeps a box of every image sharp"),
+        ({"network.name": "resnet99"}, "backbone is 'resnet99'"),
+        ({"augment.padding": -1}, "augment.padding is -1"),
+    ],
+)
+def test_a_learner_that_can_not_be_is_refused_before_it_trains(arguments, says) -> None:
+    options = {"memory": "8 images", **OPTIONS, **arguments}
+    for _ in range(2):
+        with pytest.raises(fastcil.FastcilError) as caught:
+            fastcil.Learner("er", **options).learn({"a": noise(4)})
+        assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_untrained_learner_is_saved_and_loaded(tmp_path) -> None:
+    fastcil.Learner("er", memory="8 images", seed=5, **OPTIONS).save(tmp_path / "new")
+    learner = fastcil.Learner.load(tmp_path / "new")
+    assert (learner.seed, str(learner.budget), learner.class_names) == (5, "8 images", ())
+    assert learner.learn({"a": noise(4)}).class_names == ("a",)

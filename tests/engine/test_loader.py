@@ -117,6 +117,18 @@ def test_epochs_steps_streams_and_keys_differ():
             assert not torch.equal(a.images[a.index.argsort()], b.images[b.index.argsort()])
 
 
+def test_one_image_is_never_cut_twice_alike():
+    store = noise(1).select([0] * 12)
+    loader = load(Stream((Examples(store, torch.arange(12)),), 4), augmentation=BUSY)
+    looks = {
+        image.numpy().tobytes()
+        for epoch in range(2)
+        for step in range(3)
+        for image in loader.batches(epoch, step)[0].images
+    }
+    assert len(looks) == 24
+
+
 @pytest.mark.parametrize("length, batch", [(5, 2), (5, 3), (7, 7), (3, 8), (1, 4), (40, 6)])
 def test_short_streams_start_over_and_never_run_dry(length, batch):
     loader = load(Stream((numbered(40),), 4), Stream((numbered(length),), batch))

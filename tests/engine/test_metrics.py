@@ -56,6 +56,20 @@ def test_forgetting_and_backward_transfer(counts):
     assert metrics.backward_transfer(a) == pytest.approx(sum(moved) / last)
 
 
+def test_a_task_without_new_classes_has_nothing_to_forget(counts):
+    tasks, correct, count = counts
+    with_it = [3, 2, 0, 2, 1]
+    correct, count = ([*rows[:2], rows[1], *rows[2:]] for rows in (correct, count))
+    matrix = metrics.accuracy_matrix(correct, count, with_it)
+    assert np.isnan(matrix[:, 2]).all()
+    own = np.delete(np.delete(matrix, 2, 0), 2, 1)
+    np.testing.assert_allclose(own, naive_matrix(counts[1], counts[2], tasks))
+    assert metrics.forgetting(matrix) == pytest.approx(metrics.forgetting(own))
+    assert metrics.backward_transfer(matrix) == pytest.approx(metrics.backward_transfer(own))
+    again = np.array([[80.0, np.nan], [60.0, np.nan]])
+    assert metrics.forgetting(again) == 20.0 and metrics.backward_transfer(again) == -20.0
+
+
 def test_one_task_forgets_nothing():
     matrix = np.array([[70.0]])
     assert metrics.forgetting(matrix) == metrics.backward_transfer(matrix) == 0.0

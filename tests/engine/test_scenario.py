@@ -87,7 +87,26 @@ def test_few_shot_and_data_incremental_streams_fit_the_type(dataset):
     assert [len(pick(dataset.train, a, checked.order)) for a in checked.arrivals] == [6, 6]
 
 
-@pytest.mark.parametrize("arrivals", [(), (Arrival(()),), (Arrival((0, 9)),)])
-def test_a_scenario_that_does_not_fit_is_refused(dataset, arrivals):
-    with pytest.raises(FastcilError, match="scenario"):
-        make_scenario(Scenario("mine", arrivals), dataset)
+@pytest.mark.parametrize(
+    "scenario, says",
+    [
+        (Scenario("mine", ()), "has no task"),
+        (Scenario("mine", (Arrival(()),)), "task 0 has classes ()"),
+        (Scenario("mine", (Arrival((0,)), Arrival((0, 9)))), "task 1 has classes (0, 9)"),
+        (Scenario("mine", (Arrival((0, 0)),)), "name each once"),
+        (Scenario("mine", (Arrival((0,), torch.tensor([12])),)), "positions from 0 to 11"),
+        (Scenario("mine", (Arrival((0,), torch.tensor([-1])),)), "positions from 0 to 11"),
+        (Scenario("mine", (Arrival((0,), torch.tensor([True])),)), "int64 positions"),
+        (Scenario("mine", (Arrival((0, 1), torch.tensor([0, 4])),)), "no image of class 1"),
+        (
+            Scenario("mine", (Arrival((0, 1)), Arrival((0,), torch.tensor([1])))),
+            "task 1 has no image of class 0",
+        ),
+        (Scenario("mine", (Arrival((0,)),), online=True), "scenario.online is True"),
+        (Scenario("mine", (Arrival((0,)),), task_aware=True), "scenario.task_aware is True"),
+    ],
+)
+def test_a_scenario_that_does_not_fit_is_refused(dataset, scenario, says):
+    with pytest.raises(FastcilError, match="scenario") as caught:
+        make_scenario(scenario, dataset)
+    assert says in str(caught.value) and "\n" not in str(caught.value)

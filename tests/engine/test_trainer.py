@@ -208,7 +208,6 @@ def test_resumed_after_any_step_everything_is_the_same_bits(
     make_trainer(again, save=watcher).run(stages, state["trainer"])
     assert_same(moments[k + 1 :], watcher.moments, f"after step {k}")
     assert_same(end, {"tensors": again.tensors(), "random": random_state()}, "end")
-    # What happened before is not done again; what comes after is, once.
     log = method.log
     place = [i for i, entry in enumerate(log) if entry == "step"][k]
     assert again.log == log[place + 1 :]
@@ -386,7 +385,6 @@ def test_mixed_precision_trains_in_it_and_keeps_full_weights(precision, dtype, a
         assert value.dtype == torch.float32 and value.isfinite().all()
         assert not torch.equal(value, before[name])
     assert all(math.isfinite(v) for f in told for v in f["losses"].values())
-    # The scale of the losses is part of the state, and comes back.
     k = 6
     state = watcher.moments[k]
     assert bool(state["trainer"]["lanes"][0]["scaler"]) == (precision == "fp16")

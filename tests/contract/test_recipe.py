@@ -1,0 +1,127 @@
+"""Schedules against torch's own, and the scaling of lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from fastcil.contract import Recipe, replace_batch_size, scale_epochs
+from fastcil.errors import FastcilError
+
+
+@pytest.mark.parametrize(
+    "recipe, schedule",
+    [
+        (Recipe(12, 0.3), lambda o: lr_scheduler.CosineAnnealingLR(o, 12)),
+        (
+            Recipe(12, 0.3, schedule="step", milestones=(3, 7, 8), gamma=0.2),
+            lambda o: lr_scheduler.MultiStepLR(o, [3, 7, 8], 0.2),
+        ),
+        (Recipe(12, 0.3, schedule="constant"), lambda o: lr_scheduler.ConstantLR(o, 1.0)),
+        (
+            Recipe(12, 0.3, warmup=4),
+            lambda o: lr_scheduler.SequentialLR(
+                o,
+                [
+                    lr_scheduler.LinearLR(o, 1 / 5, 1.0, total_iters=4),
+                    lr_scheduler.CosineAnnealingLR(o, 8),
+                ],
+                [4],
+            ),
+        ),
+    ],
+)
+def test_schedules_are_torchs(recipe, schedule) -> None:
+    optimizer = recipe.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = schedule(optimizer)
+    for epoch in range(recipe.epochs):
+        (rate,) = scheduler.get_last_lr()
+        assert recipe.lr_at(epoch) == pytest.approx(rate)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_milestones_count_from_the_end_of_the_warmup() -> None:
+    recipe = Recipe(10, 1.0, schedule="step", milestones=(3,), warmup=2)
+    rates = [recipe.lr_at(epoch) for epoch in range(10)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *[1.0] * 3, *[0.1] * 5])
+
+
+@pytest.mark.parametrize("name, kind", [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
+def test_optimizers_have_the_recipes_settings(name, kind) -> None:
+    recipe = Recipe(1, 0.3, optimizer=name, momentum=0.8, weight_decay=0.02)
+    optimizer = recipe.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.02)
+    assert group.get("momentum", 0.8) == 0.8
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"epochs": -1}, "epochs is -1; it must be at least 0."),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1."),
+        ({"warmup": -2}, "warmup is -2; it must be at least 0."),
+        ({"weight_decay": -1e-4}, "weight_decay is -0.0001; it must be at least 0."),
+        ({"momentum": float("nan")}, "momentum is nan; it must be at least 0."),
+        ({"clip": -1.0}, "clip is -1.0; it must be at least 0."),
+        ({"lr": 0}, "lr is 0; it must be a positive number."),
+        ({"lr": float("inf")}, "lr is inf; it must be a positive number."),
+        ({"gamma": 0.0}, "gamma is 0.0; it must be a positive number."),
+        ({"schedule": "exp"}, "schedule is 'exp'; it must be one of cosine, step, constant."),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; it must be one of sgd, adam."),
+    ],
+)
+def test_bad_recipes_are_a_sentence(changes, says) -> None:
+    with pytest.raises(FastcilError) as caught:
+        Recipe(**{"epochs": 3, "lr": 0.1, **changes})
+    assert str(caught.value) == says
+
+
+LONG = Recipe(200, 0.1, milestones=(60, 120, 170), warmup=10, schedule="step")
+FIXED = Recipe(10, 0.1, batch_size=16)
+
+
+@dataclass(frozen=True)
+class Deep:
+    recipe: Recipe = LONG
+
+
+@dataclass(frozen=True)
+class Config:
+    long: Recipe = LONG
+    fixed: Recipe = field(default=FIXED, metadata={"own_batch": True})
+    deep: Deep = Deep()
+    period: int = field(default=40, metadata={"epochs": True})
+    never: int = field(default=0, metadata={"epochs": True})
+    count: int = 40
+
+
+@pytest.mark.parametrize(
+    "factor, epochs, milestones, warmup, period",
+    [
+        (1.0, 200, (60, 120, 170), 10, 40),
+        (0.5, 100, (30, 60, 85), 5, 20),
+        (0.1, 20, (6, 12, 17), 1, 4),
+        (1e-4, 1, (1, 1, 1), 0, 1),
+        (3.0, 600, (180, 360, 510), 30, 120),
+    ],
+)
+def test_every_length_in_epochs_is_scaled(factor, epochs, milestones, warmup, period) -> None:
+    config = scale_epochs(Config(), factor)
+    for recipe in (config.long, config.deep.recipe):
+        assert (recipe.epochs, recipe.milestones, recipe.warmup) == (epochs, milestones, warmup)
+        assert (recipe.lr, recipe.schedule) == (0.1, "step")
+    assert (config.period, config.never, config.count) == (period, 0, 40)
+    assert Config() == Config(LONG, FIXED), "the original is as it was"
+
+
+def test_batch_sizes_are_replaced_but_for_those_of_their_own() -> None:
+    config = replace_batch_size(Config(), 7)
+    assert (config.long.batch_size, config.deep.recipe.batch_size) == (7, 7)
+    assert config.fixed == FIXED
+    assert replace_batch_size(Config(), None) == Config()
