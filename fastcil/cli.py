@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "methods": _methods,
         "doctor": _doctor,
     }
+    shown = warnings.showwarning
+    warnings.showwarning = _warn
     try:
         if command not in commands:
             from fastcil.contract import nearest
@@ -55,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "fastcil: stopped; the same command goes on from the last checkpoint.", file=sys.stderr
         )
         return 130
+    finally:
+        warnings.showwarning = shown
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a line of its own: where in the source it arose helps nobody here."""
+    print(f"fastcil: warning: {message}", file=sys.stderr)
 
 
 def _train(arguments: list[str]) -> int:

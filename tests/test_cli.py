@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -214,3 +215,18 @@ def test_progress_is_told_on_stderr_only(
     assert out.startswith("Result(finetune: average") and out.count("\n") == 2
     assert "finetune task 2/2 finetune: 1 epochs" in err
     assert re.search(r"finetune task 2/2: linear [\d.]+ % on 4 classes; 0 exemplars, 0 bytes", err)
+
+
+@pytest.mark.filterwarnings("default:::fastcil")
+def test_what_is_left_out_is_told_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.zeros((9, 32, 32, 3), np.uint8)
+    labels = np.array([0, 1] * 4 + [-1])
+    np.savez(tmp_path / "bad.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    data = [*TINY, f"--data={tmp_path / 'bad.npz'}", "--scenario=lfs-1", "--load.skip_bad=true"]
+    assert main(["train", "--method=finetune", *data, QUIET, f"--run-dir={tmp_path / 'run'}"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("fastcil: warning: 2 left out, the first: ") and err.count("\n") == 1
+    listed = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 2 and listed[0] in err

@@ -24,6 +24,7 @@ from fastcil.contract import (
     Method,
     Recipe,
     Record,
+    Retained,
     Stage,
     Stream,
     Task,
@@ -172,6 +173,10 @@ class CIM(Addon):
         self.compression.end_task()
         self._drop_branch()
         self._fit(self.method.network)
+
+    def retained(self) -> list[Retained]:
+        """phi: no exemplar is decoded with it, the next boxes are drawn with it."""
+        return [Retained("curves of masks", "network", dict(self.phi.state_dict()))]
 
     def _drop_branch(self) -> None:
         """Lets go of the localiser, which the method may be about to drop."""

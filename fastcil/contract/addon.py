@@ -10,6 +10,7 @@ from fastcil.contract.context import Context
 from fastcil.contract.method import Method
 from fastcil.contract.persistent import Persistent
 from fastcil.contract.record import Record
+from fastcil.contract.retained import Retained
 from fastcil.contract.stage import Stage
 from fastcil.contract.task import Task
 from fastcil.data import Examples
@@ -63,6 +64,10 @@ class Addon(Persistent):
 
     def end_task(self, task: Task) -> None:
         """Called after memory's update and the method's ``end_task``."""
+
+    def retained(self) -> list[Retained]:
+        """What the addon keeps for old tasks."""
+        return []
 
     def records(self) -> list[Record]:
         """What to show in the report."""

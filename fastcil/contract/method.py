@@ -60,8 +60,8 @@ class Method(Persistent):
         return scores
 
     def forward(self, images: Tensor) -> Tensor:
-        """The same as `logits`: what is exported."""
-        return self.logits(images)
+        """Scores of the first readout, as `Learner.predict` has them: what is exported."""
+        return next(iter(self.readouts().values()))(images)
 
     def embed(self, images: Tensor) -> Tensor:
         """Features [B, D] by which exemplars are selected."""

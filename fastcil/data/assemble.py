@@ -63,9 +63,9 @@ def check_labels(
     if classes is not None:
         bad |= labels >= classes
     rows = bad.nonzero().flatten().tolist()
-    upper = "" if classes is None else f" to {classes - 1}"
+    known = "start at 0" if classes is None else f"are 0 to {classes - 1}"
     for row in rows:
-        sentence = f"{where}[{row}] is {int(labels[row])}, out of range; labels are 0{upper}"
+        sentence = f"{where}[{row}] is {int(labels[row])}, out of range; labels {known}"
         if not skip_bad:
             more = f" ({len(rows) - 1} more are out of range)" if len(rows) > 1 else ""
             raise DataError(sentence + more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
     Args:
         source: see the table.
         skip_bad: leave out what is bad (images that do not decode, labels out of range, classes
-            without training or test images) and list it in `Dataset.skipped`, instead of raising.
+            without training or test images), with one warning that counts it, and list it in
+            `Dataset.skipped`, instead of raising.
         download: fetch CIFAR to ~/.cache/fastcil if it is nowhere.
         **options: see the table.
 
@@ -72,7 +73,16 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
         if option not in allowed:
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
             raise DataError(f"{what} has no option {option!r}; {takes}")
-    return reader(**options)
+    data = reader(**options)
+    if data is not source:
+        _tell(data.skipped)
+    return data
+
+
+def _tell(skipped: Sequence[str]) -> None:
+    """One warning for all that was left out."""
+    if skipped:
+        warnings.warn(f"{len(skipped)} left out, the first: {skipped[0]}", stacklevel=3)
 
 
 def _written_options(source: Any) -> tuple[Any, dict[str, int]]:
@@ -188,8 +198,7 @@ def load_examples(source: Any, *, skip_bad: bool = False) -> tuple[Examples, tup
     """
     skipped: list[str] = []
     found = _read_examples(source, skip_bad, skipped)
-    if skipped:
-        warnings.warn(f"{len(skipped)} left out, the first: {skipped[0]}", stacklevel=2)
+    _tell(skipped)
     return found
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from fastcil.contract import nearest
-from fastcil.engine.options import config_types, explain, read_yaml
+from fastcil.engine.options import build_groups, check_keys, config_types, explain
+from fastcil.engine.presets import merge_options, read_yaml
 from fastcil.errors import FastcilError
 
 
@@ -27,6 +28,8 @@ class RunArguments:
         seeds: Comma-separated.
         device: ``auto``, ``cpu``, ``cuda``.
         run_dir: Where to keep the run.
+        preset: A published configuration of the method's or an addon's own, such as
+            ``cifar-b0`` of foster, or a YAML file of options; flags win over it.
     """
 
     data: str = "scenes"
@@ -36,6 +39,7 @@ class RunArguments:
     seeds: str | int | list[int] = "0"
     device: str = "auto"
     run_dir: str | None = None
+    preset: str | None = None
 
 
 def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -55,35 +59,40 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         "train": ("method", "foster+cim"),
         "compare": ("methods", "foster,foster+cim"),
     }[command]
-    methods = _methods_in(arguments, which) or default
+    methods = _named_in(arguments, which) or default
     names = [name.strip() for name in methods.split(",")]
     types = config_types(names)
+    below = merge_options(_named_in(arguments, "preset"), {}, names)
+    check_keys(below, types)
+    defaults = build_groups(below, types)
     parser = ArgumentParser(prog=f"fastcil {command}", exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
     parser.add_argument(f"--{which}", type=str, default=default)
     parser.add_class_arguments(RunArguments)
     for name, cls in types.items():
-        parser.add_argument(f"--{name}", type=cls, default=cls())
+        parser.add_argument(f"--{name}", type=cls, default=defaults[name])
     parsed = _parse(parser, arguments).as_dict()
     options: dict[str, Any] = {field.name: parsed[field.name] for field in fields(RunArguments)}
+    del options["preset"]  # It is in the defaults.
     options["seeds"] = _seeds(options["seeds"])
     options[which] = names if command == "compare" else methods
     return {**options, **{name: parsed[name] for name in types}}
 
 
-def _methods_in(arguments: Sequence[str], which: str) -> str | None:
-    """The methods named on the command line or in its config file.
+def _named_in(arguments: Sequence[str], option: str) -> str | None:
+    """What the command line, or else its config file, says of ``option``.
 
-    The parser that knows all flags can't be built before it is known whose flags they are.
+    The parser that knows all flags can't be built before it is known whose flags they are, and
+    what stands below them.
     """
     found = None
     for k, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         value = value or (arguments[k + 1] if k + 1 < len(arguments) else "")
-        if flag == f"--{which}":
+        if flag == f"--{option}":
             found = value
         elif flag == "--config":
-            listed = read_yaml(value).get(which)
+            listed = read_yaml(value).get(option)
             found = found or (",".join(listed) if isinstance(listed, list) else listed)
     return found
 

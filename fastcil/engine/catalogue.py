@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcil.contract import lookup, nearest
 from fastcil.contract.registry import ADDONS, ALIASES, CODECS, METHODS
+from fastcil.engine.presets import presets
 from fastcil.errors import FastcilError
 
 
@@ -42,9 +43,16 @@ def _describe(name: str) -> str:
             cls = lookup(kind, name)
             config = getattr(cls, "Config", None)
             options = "" if config is None else "\n\noptions\n" + _options(name, config())
-            return (inspect.getdoc(config) or inspect.getdoc(cls) or "") + options
+            text = inspect.getdoc(config) or inspect.getdoc(cls) or ""
+            return text + options + _presets(cls)
     known = [*METHODS, *ADDONS, *CODECS]
     raise FastcilError(f"name '{name}' is unknown; {nearest(name, known)}")
+
+
+def _presets(cls: type) -> str:
+    """The names that ``preset`` takes."""
+    names = sorted(presets(cls))
+    return f"\n\npresets\n  --preset {', '.join(names)}" if names else ""
 
 
 def _first_line(cls: type) -> str:

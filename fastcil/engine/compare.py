@@ -18,9 +18,9 @@ from fastcil.engine.options import (
     GROUPS,
     check_keys,
     config_types,
-    merge_options,
 )
 from fastcil.engine.plan import Plan, make_plan
+from fastcil.engine.presets import merge_options
 from fastcil.engine.result import Result
 from fastcil.engine.run import run_plan
 from fastcil.engine.scenario import Scenario
@@ -167,7 +167,7 @@ def compare(
         seeds: Seeds of every method.
         device: See `fastcil.train`.
         run_dir: Each method's run goes into a folder of its name there.
-        preset: A YAML file of options.
+        preset: See `fastcil.train`; a name concerns the methods that have a preset of that name.
         backbone: See `fastcil.train`.
         **options: Dotted option names; a method's options go to that method only.
 
@@ -185,7 +185,7 @@ def compare(
             f"methods is {tuple(methods)}; name one or more different methods, as in "
             f"'foster,foster+cim'."
         )
-    merged = merge_options(preset, options)
+    merged = merge_options(preset, options, names)
     check_keys(merged, config_types(names))
     plans: dict[str, Plan] = {}
     for method in names:

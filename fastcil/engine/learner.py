@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcil.contract import Method, Task, evaluating
+from fastcil.contract import Method, Retained, Task, evaluating
 from fastcil.data import Examples, ImageStore, load_examples
 from fastcil.engine.events import Listener
 from fastcil.engine.export import export_method
@@ -255,13 +255,15 @@ class Learner:
 
     def _other_nbytes(self) -> int:
         """Bytes that the budget must leave for what is kept beside exemplars."""
-        return sum(
-            entry.nbytes for entry in self.method.retained() if self.budget.counts(entry.kind)
-        )
+        return sum(e.nbytes for e in self._others() if self.budget.counts(e.kind))
+
+    def _others(self) -> list[Retained]:
+        """What method and addons keep beside exemplars."""
+        return [entry for part in self.parts.learners for entry in part.retained()]
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held for old tasks, by entry; those the budget counts are under ``budgeted``."""
-        entries = [self.memory.retained(), *self.method.retained()]
+        entries = [self.memory.retained(), *self._others()]
         held = {entry.name: entry.nbytes for entry in entries}
         budgeted = sum(e.nbytes for e in entries if self.budget.counts(e.kind))
         return {**held, "budgeted": budgeted, "all": sum(e.nbytes for e in entries)}

@@ -7,10 +7,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from fastcil.contract import (
     lookup,
@@ -226,7 +223,7 @@ def nest(options: Mapping[str, Any]) -> dict[str, Any]:
         {'cim': {'threshold': 0.7, 'ratio': 9.0}}
     """
     nested: dict[str, Any] = {}
-    for name, value in _flat(options).items():
+    for name, value in flatten(options).items():
         *path, leaf = name.split(".")
         place = nested
         for key in path:
@@ -241,15 +238,20 @@ def nest(options: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under their dotted names."""
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options, ready Configs among them, under their dotted names.
+
+    Example:
+        >>> flatten({"cim": {"mask": {"lr": 0.1}}})
+        {'cim.mask.lr': 0.1}
+    """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{name}."))
+            flat.update(flatten(value, f"{name}."))
         else:
             flat[name] = value
     return flat
@@ -262,7 +264,7 @@ def check_keys(options: Mapping[str, Any], types: Mapping[str, type]) -> None:
         FastcilError: Names the option and the nearest known one.
     """
     known = known_options(types)
-    for name, value in _flat(options).items():
+    for name, value in flatten(options).items():
         if name not in known:
             raise FastcilError(_unknown(name, list(known)))
         wanted = known[name]
@@ -362,33 +364,3 @@ def check_codec(method: str, codec: str | None) -> str | None:
                 f"('{brings}'); leave codec out, or use the method without '{name}'."
             )
     return codec
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Options from a YAML file.
-
-    Raises:
-        FastcilError: No such file, or not a mapping.
-    """
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FastcilError(f"config is '{path}', which can't be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise FastcilError(
-            f"config '{path}' is not YAML: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise FastcilError(f"config '{path}' holds no options; write 'name: value' lines.")
-    return {str(name): value for name, value in loaded.items() if value is not None}
-
-
-def merge_options(preset: str | Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's options with these on top, nested.
-
-    Args:
-        preset: A YAML file, or None.
-        options: Dotted or nested names -> values.
-    """
-    merged = _flat(nest(read_yaml(preset))) if preset is not None else {}
-    return nest({**merged, **_flat(nest(options))})

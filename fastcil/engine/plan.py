@@ -168,6 +168,9 @@ def _claim(folder: Path, plan: Plan) -> None:
         )
     else:
         write_atomically(identity, yaml.safe_dump(now, sort_keys=False).encode())
+    if plan.dataset.skipped:
+        lines = "".join(f"{line}\n" for line in plan.dataset.skipped)
+        write_atomically(folder / "skipped.txt", lines.encode())
     write_atomically(
         folder / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False).encode()
     )

@@ -15,8 +15,8 @@ from fastcil.engine.environment import environment
 from fastcil.engine.evaluate import count_correct
 from fastcil.engine.events import JsonLines, Listener, TensorBoard, broadcast
 from fastcil.engine.learner import Learner
-from fastcil.engine.options import merge_options
 from fastcil.engine.plan import Plan, claim, make_plan
+from fastcil.engine.presets import merge_options
 from fastcil.engine.progress import make_progress
 from fastcil.engine.records import collect_records
 from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
@@ -56,7 +56,9 @@ def train(
         device: ``auto``, ``cpu``, ``cuda``.
         run_dir: Where to keep config, log, checkpoints, result and report. A run that was
             stopped there goes on, to the same bits; a finished one is read.
-        preset: A YAML file of options; what is passed here wins over it.
+        preset: A YAML file of options, or the name of a published configuration that the method
+            or an addon has, such as ``cifar-b0`` of ``foster`` (`fastcil methods foster` lists
+            them); what is passed here wins over it.
         backbone: Builds a feature extractor of the user's own.
         **options: Dotted option names -> values, as on the command line:
             ``**{"cim.threshold": 0.7}``.
@@ -75,7 +77,7 @@ def train(
         >>> result.accuracy_matrix.shape
         (2, 2)
     """
-    merged = merge_options(preset, options)
+    merged = merge_options(preset, options, [method])
     plan = make_plan(method, data, scenario, memory, codec, seeds, device, backbone, merged)
     folder = Path(run_dir) if run_dir is not None else None
     return run_plan(plan, folder)

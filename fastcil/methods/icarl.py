@@ -48,7 +48,7 @@ class ICaRL(Method):
 
     Its own readout is ``nme``, the nearest mean of exemplars (Alg. 1, Eq. 2); ``linear`` is the
     head's. A class of which memory holds no exemplar cannot be nearest: it scores -inf. Without
-    any exemplar there is only ``linear``. What is exported is the first readout.
+    any exemplar there is only ``linear``.
 
     Example:
         >>> ICaRL.Config().loss, ICaRL.PRESETS["pycil"].loss
@@ -176,7 +176,3 @@ class ICaRL(Method):
         if not len(self.means):
             return {"linear": self.logits}
         return {"nme": self.nearest_mean, "linear": self.logits}
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores of the first readout: what is exported."""
-        return next(iter(self.readouts().values()))(images)

@@ -22,6 +22,11 @@ def _check(logits: Tensor, teacher: Tensor, temperature: float, names: tuple[str
         raise FastcilError(f"temperature is {temperature}; it must be positive.")
 
 
+def _full(logits: Tensor) -> Tensor:
+    """In float32 or better: sums of small probabilities drown in the rounding of half."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
     r"""Cross-entropy with a teacher's softened predictions.
 
@@ -29,7 +34,7 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.
         p = \mathrm{softmax}(z^{\mathrm{teacher}} / T), \quad q = \mathrm{softmax}(z / T)
 
     (Hinton et al. 2015, Eq. 1 and Sec. 2), without their factor T^2, as iCaRL, WA, FOSTER and
-    others are implemented. Computed in float32.
+    others are implemented. Computed in float32 or better.
 
     Args:
         logits: The student's.  # [B, C]
@@ -49,7 +54,7 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.
     """
     _check(logits, teacher_logits, temperature, ("logits", "teacher_logits"))
     return functional.cross_entropy(
-        logits.float() / temperature, (teacher_logits.float() / temperature).softmax(1)
+        _full(logits) / temperature, (_full(teacher_logits) / temperature).softmax(1)
     )
 
 
@@ -96,7 +101,7 @@ def balanced_distillation(
 
     with p and q as in ``distillation`` (Wang et al. 2022, FOSTER, balanced knowledge
     distillation). Teacher and student share the temperature; there is no factor T^2. Computed in
-    float32.
+    float32 or better.
 
     Args:
         student_logits: The student's.  # [B, C]
@@ -122,6 +127,6 @@ def balanced_distillation(
             f"weights has shape {tuple(weights.shape)}; it must have one entry for each of "
             f"{student_logits.shape[1]} classes."
         )
-    target = (teacher_logits.float() / temperature).softmax(1) * weights.float()
+    target = (_full(teacher_logits) / temperature).softmax(1) * weights
     target = target / target.sum(1, keepdim=True)
-    return functional.cross_entropy(student_logits.float() / temperature, target)
+    return functional.cross_entropy(_full(student_logits) / temperature, target)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def _full(features: Tensor) -> Tensor:
+    """In float32 or better: many features add up."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -17,7 +23,7 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
         classes: Number of rows K of the result.
 
     Returns:
-        float32 [K, D]; the row of a class without features is zero.
+        float32 or better [K, D]; the row of a class without features is zero.
 
     Example:
         >>> import torch
@@ -25,7 +31,7 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
         tensor([[0.7071, 0.7071],
                 [0.0000, 0.0000]])
     """
-    unit = F.normalize(features.float(), dim=1)  # [N, D]
+    unit = F.normalize(_full(features), dim=1)  # [N, D]
     # A product with one-hot labels: unlike index_add_, the same bits on every run on CUDA.
     member = F.one_hot(labels.to(unit.device), classes).to(unit.dtype)  # [N, K]
     return F.normalize(member.T @ unit, dim=1)  # [K, D]
@@ -41,7 +47,7 @@ def nearest_mean_scores(features: Tensor, means: Tensor) -> Tensor:
         means: float32 [K, D] as `class_means` makes them.
 
     Returns:
-        float32 [B, K]; -inf for a class without a mean.
+        float32 or better [B, K]; -inf for a class without a mean.
 
     Example:
         >>> import torch
@@ -49,7 +55,7 @@ def nearest_mean_scores(features: Tensor, means: Tensor) -> Tensor:
         >>> nearest_mean_scores(torch.tensor([[0.0, 5.0]]), means)
         tensor([[-2., -inf]])
     """
-    unit = F.normalize(features.float(), dim=1)  # [B, D]
+    unit = F.normalize(_full(features), dim=1)  # [B, D]
     scores = 2.0 * (unit @ means.T) - 2.0  # [B, K]
     missing = means.square().sum(dim=1) == 0  # [K]
     return scores.masked_fill(missing, float("-inf"))

@@ -107,13 +107,20 @@ def test_bad_sources_are_one_sentence(home, source, options, words):
 
 def test_skip_bad_reaches_every_reader(home):
     (home / "pets" / "train" / "cat" / "broken.jpg").write_bytes(b"no image")
-    assert len(load("pets", skip_bad=True).skipped) == 1
     items = [(X[0], 0), (X[1], 1), (X[2], "?")]
-    assert len(load((items, items), skip_bad=True).skipped) == 2
     y = np.array([0, 1, -1, 1])
-    assert len(load(((X, y), (X, Y)), skip_bad=True).skipped) == 1
     np.savez(home / "y.npz", x_train=X, y_train=y, x_test=X, y_test=Y)
-    assert len(load("y.npz", skip_bad=True).skipped) == 1
+    for source, count in (
+        ("pets", 1),
+        ((items, items), 2),
+        (((X, y), (X, Y)), 1),
+        ("y.npz", 1),
+    ):
+        with pytest.warns(UserWarning, match=f"{count} left out, the first: ") as told:
+            data = load(source, skip_bad=True)
+        assert len(data.skipped) == count and len(told) == 1 and told[0].filename == __file__
+        assert load(data).skipped == data.skipped, "and it is told once"
+
 
 
 def test_resolve_prefers_what_exists(home, tmp_path, monkeypatch):

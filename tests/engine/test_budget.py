@@ -89,7 +89,7 @@ def check_boundary(learner: Learner) -> int:
     state = memory.state()
     exemplars = sum(t.numel() * t.element_size() for t in state.values())
     assert exemplars == nbytes_of(tensors_in(memory)), "memory holds more than it says"
-    retained = learner.method.retained()
+    retained = [e for part in learner.parts.learners for e in part.retained()]
     kinds = {entry.kind for entry in retained}
     counted = [e for e in retained if budget.count == "all" or e.kind in COUNTED]
     held = exemplars + sum(nbytes_of(tensors_in(dict(e.buffers))) for e in counted)

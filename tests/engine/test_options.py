@@ -14,7 +14,7 @@ from torch import nn
 import fastcil
 from fastcil.contract import Recipe
 from fastcil.engine.arguments import parse_run
-from fastcil.engine.options import Settings, make_settings, merge_options, nest
+from fastcil.engine.options import Settings, make_settings, nest
 from fastcil.engine.plan import make_plan
 from fastcil.engine.run import train
 from fastcil.errors import CompositionError, FastcilError
@@ -127,41 +127,6 @@ def test_a_codec_beside_an_addon_that_brings_its_own_is_refused() -> None:
     assert make_settings("er", codec="raw").codec == "raw"
     with pytest.raises(CompositionError, match="codec is 'raw'"):
         make_settings("er+cam", codec="raw")
-
-
-def test_what_is_passed_wins_over_the_preset(tmp_path: Path) -> None:
-    preset = tmp_path / "preset.yaml"
-    preset.write_text(
-        "er:\n  first: {lr: 1e-3, epochs: 9}\n  later.lr: 0.2\n"
-        "engine.threads: 2\naugment:\nnetwork: {width: 8}\n"
-    )
-    merged = merge_options(preset, {"er": {"first": {"epochs": 4}}, "network.width": 16})
-    config = make_settings("er", merged).groups
-    assert (config["er"].first.lr, config["er"].first.epochs) == (1e-3, 4)
-    assert config["er"].first.schedule == "step", "what neither names keeps its default"
-    assert (config["er"].later.lr, config["engine"].threads) == (0.2, 2)
-    assert config["network"].width == 16
-    assert merge_options(None, {"er.first.lr": 1}) == {"er": {"first": {"lr": 1}}}
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("just words", "holds no options"),
-        ("a: [1", "is not YAML"),
-        ("", "holds no options"),
-        ("1: 2", "option '1' is unknown"),
-        ("method: er", "'method' is no option but an argument"),
-    ],
-)
-def test_bad_presets_are_a_sentence(tmp_path: Path, text: str, says: str) -> None:
-    preset = tmp_path / "preset.yaml"
-    preset.write_text(text)
-    with pytest.raises(FastcilError, match=says) as caught:
-        train("er", TINY, "lfs-2", preset=preset)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(FastcilError, match="can't be read"):
-        merge_options(tmp_path / "none.yaml", {})
 
 
 ODD = [

@@ -23,7 +23,7 @@ def test_distillation(temperature):
     p, q = softmax(teacher / temperature), softmax(z / temperature)
     expected = np.mean([-sum(p[i] * np.log(q[i])) for i in range(len(z))])
     found = distillation(torch.from_numpy(z), torch.from_numpy(teacher), temperature)
-    assert float(found) == pytest.approx(expected, rel=1e-6)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.94, 0.97, 1 - 1e-9])
@@ -45,7 +45,7 @@ def test_balanced_distillation(temperature):
     p = p / p.sum(1, keepdims=True)
     expected = np.mean([-sum(p[i] * np.log(q[i])) for i in range(len(z))])
     found = balanced_distillation(*map(torch.from_numpy, (z, teacher, w)), temperature)
-    assert float(found) == pytest.approx(expected, rel=1e-6)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
 def test_equal_weights_change_nothing():
