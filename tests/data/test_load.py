@@ -122,7 +122,6 @@ def test_skip_bad_reaches_every_reader(home):
         assert load(data).skipped == data.skipped, "and it is told once"
 
 
-
 def test_resolve_prefers_what_exists(home, tmp_path, monkeypatch):
     assert resolve("pets.tar") == home / "pets.tar"
     elsewhere = tmp_path / "elsewhere"
