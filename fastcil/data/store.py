@@ -287,7 +287,7 @@ class Dataset:
         skipped: Files that could not be used, each with its reason.
 
     Raises:
-        FastcilError: Not one box per image.
+        FastcilError: A label without a name, or not one box per image.
     """
 
     name: str
@@ -299,6 +299,15 @@ class Dataset:
     skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for part, examples in (("train", self.train), ("test", self.test)):
+            if not len(examples):
+                continue
+            low, high = examples.labels.aminmax()
+            if low < 0 or high >= len(self.class_names):
+                raise FastcilError(
+                    f"{part} has labels from {low} to {high}; they must be positions in "
+                    f"class_names, which has {len(self.class_names)}."
+                )
         for name, boxes, examples in (
             ("train_boxes", self.train_boxes, self.train),
             ("test_boxes", self.test_boxes, self.test),

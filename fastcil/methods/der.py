@@ -72,7 +72,8 @@ class DER(Method):
         Args:
             representation: Recipe of the first stage, in every task; at the end of its
                 ``warmup`` epochs the heads are drawn anew.
-            classifier: Recipe of the second stage.
+            classifier: Recipe of the second stage. With ``engine.epoch_scale`` it shrinks too,
+                to too few steps for a fresh head soon; a short run wants more epochs here.
             aux_weight: lambda_a (Yan et al. 2021, Eq. 4).
             temperature: T by which the second stage divides the logits: 5 for CIFAR-100, 1 for
                 ImageNet-100.

@@ -55,7 +55,7 @@ def define(
     schema: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    key: str = "CompositeExplicitAutograd",
+    kernel: str | None = None,
 ) -> None:
     """Declare an op: its schema, its reference as the default kernel, and its shapes.
 
@@ -66,7 +66,8 @@ def define(
         schema: the op's name and signature, such as ``"f(Tensor x, int n) -> Tensor"``.
         reference: plain PyTorch, for any device without a kernel of its own.
         fake: returns empty outputs of the right shape, dtype and strides.
-        key: the dispatch key of ``reference``.
+        kernel: where the CUDA launcher of the same signature is, such as
+            ``"fastcil.kernels.pade:pade"``; imported when the op first meets a CUDA tensor.
 
     Example:
         >>> from fastcil.ops._library import define
@@ -76,5 +77,36 @@ def define(
     """
     name = schema.partition("(")[0].strip()
     LIBRARY.define(schema)
-    LIBRARY.impl(name, reference, key)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if kernel is not None:
+        LIBRARY.impl(name, _lazily(kernel, reference), "CUDA")
     torch.library.register_fake(f"fastcil::{name}", fake, lib=LIBRARY)
+
+
+def _lazily(kernel: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher that ``kernel`` names, looked up at the first call: Triton takes long to import.
+
+    Where there is no Triton (it is not built for every platform), the reference, with a warning.
+    """
+    found: list[Callable[..., Any]] = []
+
+    def launch(*args: Any) -> Any:
+        if not found:
+            found.append(_find(kernel, reference))
+        return found[0](*args)
+
+    return launch
+
+
+def _find(kernel: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    module, _, name = kernel.partition(":")
+    try:
+        launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        warnings.warn(
+            f"{kernel} cannot be loaded ({error}): the PyTorch reference runs instead; install "
+            "triton to have the fused kernel",
+            stacklevel=4,
+        )
+        return reference
+    return launcher

@@ -198,6 +198,16 @@ def test_examples_need_a_label_each(store):
         Examples(store, torch.zeros(5, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2, 0, 1], [0, -1, 0, 0, 1]])
+def test_dataset_needs_a_name_for_each_label(store, labels):
+    good = Examples(store, torch.tensor([0, 1, 1, 0, 1]))
+    bad = Examples(store, torch.tensor(labels))
+    with pytest.raises(FastcilError, match=r"test has labels from -?\d to \d; .* has 2\."):
+        Dataset("five", good, bad, ("cat", "dog"))
+    with pytest.raises(FastcilError, match="train has labels"):
+        Dataset("five", bad, good, ("cat", "dog"))
+
+
 def test_dataset_needs_a_box_for_each_image(store):
     examples = Examples(store, torch.zeros(5, dtype=torch.int64))
     dataset = Dataset("five", examples, examples, ("thing",), train_boxes=BOXES)
