@@ -67,7 +67,9 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     defaults = build_groups(below, types)
     parser = ArgumentParser(prog=f"fastcil {command}", exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
-    parser.add_argument(f"--{which}", type=str, default=default)
+    # A list as YAML writes it; text with commas between on the command line.
+    kind = str if command == "train" else str | list[str]
+    parser.add_argument(f"--{which}", type=kind, default=default)
     parser.add_class_arguments(RunArguments)
     for name, cls in types.items():
         parser.add_argument(f"--{name}", type=cls, default=defaults[name])
