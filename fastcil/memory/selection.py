@@ -6,27 +6,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from fastcil import ops
 from fastcil.errors import FastcilError
-
-# Unit vectors' squared distances that differ by less are the same but for rounding; features
-# themselves are float32, good to 1e-7.
-_TIE = 1e-10
 
 
 def herding(features: Tensor, limit: int) -> Tensor:
-    """The order in which herding picks the images of one class.
+    """The order in which herding picks the images of one class (`fastcil.ops.herding`).
 
-    With v_i the features at unit norm and mu their mean, step k picks the image not yet picked
-    that brings the mean of the picks nearest to mu (Rebuffi et al. 2017, Alg. 4; Welling 2009):
-
-        p_k = argmin_i || mu - (v_i + sum_{j<k} v_{p_j}) / k ||.
-
-    Since only comparison counts, the squared norm times k^2 is minimised, less what all
-    candidates share: ``|v_i|^2 - 2 <v_i, k mu - sum_{j<k} v_{p_j}>``. Everything accumulates in
-    float64; of candidates equal but for rounding the first is picked. Nothing waits for the
-    device between the picks.
+    Memory asks class by class, so that never more than one class lies there encoded.
 
     Args:
         features: [N, D] of any floating dtype; a zero row stays zero.
@@ -42,34 +30,15 @@ def herding(features: Tensor, limit: int) -> Tensor:
         >>> herding(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), 2)
         tensor([2, 0])
     """
-    if features.ndim != 2 or not features.is_floating_point():
-        raise FastcilError(
-            f"features is {features.dtype} {list(features.shape)}; pass a floating [N, D]."
-        )
-    if limit < 0:
-        raise FastcilError(f"limit is {limit}; it must be at least 0.")
+    starts = torch.tensor([0, len(features)], device=features.device)
+    order = ops.herding(features, starts, min(limit, len(features)))[0]
     if not torch.isfinite(features).all():
         bad = int((~torch.isfinite(features)).any(dim=1).sum())
         raise FastcilError(
             f"features has {bad} of {len(features)} rows with NaN or infinity; training has "
             f"diverged: lower the learning rate or clip gradients."
         )
-    picks = min(limit, len(features))
-    if picks == 0:
-        return torch.empty(0, dtype=torch.int64, device=features.device)
-    unit = functional.normalize(features.double(), dim=1)  # [N, D]
-    mean = unit.mean(dim=0)  # [D]
-    own = unit.square().sum(dim=1)  # [N], infinite once picked
-    residual = mean.clone()  # [D], k mu - sum of the picks
-    order = []
-    for _ in range(picks):
-        score = torch.add(own, unit @ residual, alpha=-2)  # [N]
-        nearest = score <= score.amin() + _TIE
-        pick = nearest.to(torch.uint8).argmax(dim=0, keepdim=True)  # [1]
-        order.append(pick)
-        own.index_fill_(0, pick, torch.inf)
-        residual += mean - unit.index_select(0, pick).squeeze(0)
-    return torch.cat(order)
+    return order
 
 
 def random_order(count: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from fastcil.ops._library import extension_available as extension_available
 from fastcil.ops.cam import cam as cam
 from fastcil.ops.cam_boxes import cam_boxes as cam_boxes
+from fastcil.ops.herding import herding as herding
 from fastcil.ops.pack import grids as grids
 from fastcil.ops.pack import pack as pack
 from fastcil.ops.pack import packed_nbytes as packed_nbytes
