@@ -183,7 +183,7 @@ inline PackedImage open_image(int64_t i, const uint8_t* pixels, int64_t room, in
                     ", ", g[4], ", ", g[5], ", ", g[6], ", ", g[7],
                     "], not (H, W, y0, x0, y1, x1, gh, gw) of an image");
   detail::set_box(image, g + 2);
-  TORCH_CHECK_VALUE(offset >= 0 && offset + image.nbytes() <= room, "offsets[", i, "] is ", offset,
+  TORCH_CHECK_VALUE(offset >= 0 && offset <= room - image.nbytes(), "offsets[", i, "] is ", offset,
                     ", not an offset inside the pixels");
   image.bytes = pixels + offset;
   image.end = pixels + room;

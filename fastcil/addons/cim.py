@@ -28,10 +28,11 @@ from fastcil.contract import (
     Stage,
     Stream,
     Task,
+    check_not_negative,
     evaluating,
 )
 from fastcil.data import Examples
-from fastcil.errors import CompositionError, FastcilError
+from fastcil.errors import CompositionError
 from fastcil.memory.boxes import class_boxes
 from fastcil.nn import Network, Pade, share_with_pade
 
@@ -66,7 +67,9 @@ class CIM(Addon):
         silent they are the released code's: Adam, its weight decay of 5e-4, batches of 16, half
         a step per class and epoch. Where the two differ, the released code has ``inner_lr`` at
         0.1 times the task-level learning rate with FOSTER, that is 0.01, and at that rate itself
-        with DER, whose ``mu`` is 0; and ``compress_all`` true.
+        with DER, whose ``mu`` is 0; and ``compress_all`` true. The term of ``mu`` spans the inner
+        batch, exemplars included, as there. The outer batch is of new images alone, as in Eq. 9;
+        the released code draws it from all.
 
         Args:
             mask: Recipe of phi, beta_2 its ``lr``; its ``epochs`` are those of the stage that
@@ -91,9 +94,7 @@ class CIM(Addon):
         def __post_init__(self) -> None:
             super().__post_init__()
             for name in ("inner_lr", "mu", "mu_prime", "steps_per_class"):
-                value = getattr(self, name)
-                if not 0 <= value < float("inf"):
-                    raise FastcilError(f"{name} is {value}; it must be a number of at least 0.")
+                check_not_negative(name, getattr(self, name))
 
     config: Config
     brings_codec: ClassVar[str | None] = "bbox"
@@ -208,8 +209,7 @@ class CIM(Addon):
 
     def _make_branch(self, network: Network) -> Network:
         """A network's Padé branch with this addon's curves, in evaluation mode."""
-        branch = share_with_pade(network)
-        assert isinstance(branch, Network)
+        branch = cast("Network", share_with_pade(network))
         parts = zip(self._curves(), branch.extractors, network.extractors, strict=True)
         for own, shared, live in parts:
             for curve, place in zip(own, _places(live), strict=True):

@@ -124,10 +124,12 @@ class MaskStage(Stage):
         full = torch.autocast(inner.images.device.type, enabled=False)
         with evaluating(self.method), full:
             losses = self._outer_losses(inner, outer, stepper.lr / self.recipe.lr)
-            gradients = list(torch.autograd.grad(total(losses), self._learned))
+            gradients = torch.autograd.grad(
+                total(losses), self._learned, allow_unused=True, materialize_grads=True
+            )
         # Early in training theta+ may overflow; one such step would spoil phi for good.
         usable = torch.stack([g.isfinite().all() for g in gradients]).all()
-        gradients = [torch.where(usable, g, 0.0) for g in gradients]
+        gradients = tuple(torch.where(usable, g, 0.0) for g in gradients)
         # A linear function with these gradients: a backward pass through the losses themselves
         # would go on to the gradients of theta, which nobody reads.
         pairs = zip(self._learned, gradients, strict=True)

@@ -2,6 +2,7 @@
 
 from fastcil.contract.addon import Addon
 from fastcil.contract.batch import Batch
+from fastcil.contract.checks import check_not_negative, check_positive
 from fastcil.contract.context import Context, Look
 from fastcil.contract.method import Method
 from fastcil.contract.persistent import Persistent, evaluating
@@ -29,6 +30,8 @@ __all__ = [
     "Stream",
     "Task",
     "Views",
+    "check_not_negative",
+    "check_positive",
     "evaluating",
     "lookup",
     "nearest",

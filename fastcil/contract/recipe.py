@@ -108,7 +108,7 @@ def scale_epochs(config: ConfigT, factor: float) -> ConfigT:
 
     Recipes keep their shape: milestones and warm-up shrink with the epochs. Other fields counted
     in epochs say so by ``field(metadata={"epochs": True})``. Nothing falls below one epoch that
-    was not zero before.
+    was not zero before, but for the warm-up, which may vanish.
 
     Example:
         >>> scale_epochs(Recipe(epochs=200, lr=0.1, milestones=(60, 120)), 0.1).milestones

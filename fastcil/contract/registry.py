@@ -74,7 +74,8 @@ def register(kind: str, name: str, cls: type) -> None:
         cls: A subclass of `Method`, `Addon` or `fastcil.memory.Codec`.
 
     Raises:
-        FastcilError: The name is fastcil's own or has other characters; an unknown kind.
+        FastcilError: The name is fastcil's own, or that of a method where an addon is registered
+            or the other way round, or has other characters; an unknown kind; no class.
     """
     if kind not in _KINDS:
         raise FastcilError(f"kind is '{kind}', which is unknown; {nearest(kind, _KINDS)}")
@@ -82,6 +83,14 @@ def register(kind: str, name: str, cls: type) -> None:
     if not re.fullmatch(r"[\w-]+", name):
         raise FastcilError(
             f"{kind} name is '{name}'; it must be made of letters, digits, '_' and '-'."
+        )
+    if not isinstance(cls, type):
+        raise FastcilError(f"cls is {cls!r}; pass a class, not what it makes.")
+    other = {"method": ADDONS, "addon": METHODS}.get(kind, {})
+    if name in other:
+        raise FastcilError(
+            f"{kind} name '{name}' is that of {'an addon' if kind == 'method' else 'a method'}; "
+            f"choose another."
         )
     taken = table.get(ALIASES.get(name, name))
     if taken is not None and taken is not cls and isinstance(taken, str):

@@ -19,7 +19,7 @@ from fastcil.engine.options import (
     check_keys,
     config_types,
 )
-from fastcil.engine.plan import Plan, make_plan
+from fastcil.engine.plan import Plan, claim, make_plan
 from fastcil.engine.presets import merge_options
 from fastcil.engine.result import Result
 from fastcil.engine.run import run_plan
@@ -205,6 +205,9 @@ def compare(
             plan.data_name = str(data)
         plans[method] = plan
     folder = Path(run_dir) if run_dir is not None else None
+    if folder:
+        for method, plan in plans.items():
+            claim(folder / method, plan)
     results = {
         method: run_plan(plan, folder / method if folder else None)
         for method, plan in plans.items()

@@ -13,7 +13,7 @@ from fastcil.engine.environment import environment
 
 def findings() -> list[tuple[str, str, bool]]:
     """What there is, as (name, finding, whether it is as good as it can be here)."""
-    found: dict[str, Any] = environment()
+    found: dict[str, Any] = environment("auto")
     rows = [
         ("fastcil", f"{found['fastcil']}, commit {found['commit'] or 'unknown'}", True),
         ("python", found["python"], True),
@@ -43,8 +43,10 @@ def _extension() -> tuple[str, str, bool]:
             "absent: the PyTorch references run; reinstall with a C++ compiler for speed",
             False,
         )
-    from fastcil import _C
-
+    try:
+        from fastcil import _C
+    except ImportError as error:
+        return "C++ kernels", f"built, but can't be loaded ({error}): rebuild them", False
     facts = _C.build_facts()
     return "C++ kernels", ", ".join(f"{k} {v}" for k, v in facts.items()), True
 

@@ -13,11 +13,17 @@ import numpy
 import torch
 
 import fastcil
+from fastcil.engine.resolve import pick_device
 from fastcil.ops import extension_available
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device and commit, for result files."""
+def environment(device: str) -> dict[str, Any]:
+    """Versions, device and commit, for result files.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``: what the run was asked to use.
+    """
+    place = pick_device(device)
     return {
         "fastcil": fastcil.__version__,
         "commit": _commit(),
@@ -27,7 +33,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         "extension": extension_available(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -49,16 +49,18 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(path))
-        self._epochs = 0
+        self._task = 0
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        """Writes the event's scalars."""
-        if event == "epoch":
-            self._epochs += 1
+        """Writes the event's scalars; what a resume repeats falls on the same places."""
+        if event == "task":
+            self._task = fields["task"]
+        elif event == "epoch":
+            stage, epoch = f"task {self._task + 1}/{fields['stage']}", fields["epoch"] + 1
             for name, value in fields["losses"].items():
-                self._writer.add_scalar(f"loss/{fields['stage']}/{name}", value, self._epochs)
-            self._writer.add_scalar("lr", fields["lr"], self._epochs)
-            self._writer.add_scalar("images_per_second", fields["rate"], self._epochs)
+                self._writer.add_scalar(f"{stage}/{name}", value, epoch)
+            self._writer.add_scalar(f"{stage}/lr", fields["lr"], epoch)
+            self._writer.add_scalar(f"{stage}/images_per_second", fields["rate"], epoch)
         elif event == "evaluated":
             for name, value in fields["accuracy"].items():
                 self._writer.add_scalar(f"accuracy/{name}", value, fields["task"])

@@ -230,7 +230,9 @@ class Learner:
             stages = addon.stages(task, stages)
         if resume is not None:
             set_random_state(resume["random"])
-        trainer.run(stages, resume["trainer"] if resume else None)
+        # The same bits again on CUDA too; left to itself cuDNN chooses by how long things took.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            trainer.run(stages, resume["trainer"] if resume else None)
         tell("remember", {"task": task.index})
         self._remember(task, (_SELECT, data, task.index))
         done = replace(task, exemplars=self.memory.examples())

@@ -149,6 +149,16 @@ class Parts:
 
 def _make_codec(settings: Settings, addons: list[Addon]) -> Codec:
     """The addon's codec, the one asked for, or raw."""
+    bringing = [
+        name
+        for name, addon in zip(settings.parts[1], addons, strict=True)
+        if addon.brings_codec is not None
+    ]
+    if len(bringing) > 1:
+        raise CompositionError(
+            f"method '{settings.method}' has {' and '.join(map(repr, bringing))}, and each stores "
+            f"exemplars its own way; compose with one of them."
+        )
     for addon in addons:
         if addon.brings_codec is not None:
             return make_codec(addon.brings_codec, **addon.codec_options())

@@ -24,7 +24,8 @@ from fastcil.engine.state import write_atomically
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget
 
-# Options that change how a run is watched, not what it computes.
+# Options that change how a run is watched or how fast it is, not what it computes, but for the
+# last bits of sums that are cut into as many parts as there are threads.
 _FREE = ("progress", "tensorboard", "checkpoint_seconds", "threads", "scan_batch")
 
 
@@ -143,15 +144,6 @@ def claim(folder: Path, plan: Plan) -> None:
         FastcilError: It holds a run of another config, whose differences are named; or nothing
             can be written there.
     """
-    try:
-        _claim(folder, plan)
-    except OSError as error:
-        raise FastcilError(
-            f"run_dir is '{folder}', where nothing can be written: {error.strerror}."
-        ) from error
-
-
-def _claim(folder: Path, plan: Plan) -> None:
     identity = folder / "identity.yaml"
     now = yaml.safe_load(yaml.safe_dump(plan.identity()))
     if identity.is_file():
@@ -175,7 +167,7 @@ def _claim(folder: Path, plan: Plan) -> None:
         folder / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False).encode()
     )
     if not (folder / "result.json").is_file():
-        now = environment()
+        now = environment(plan.device)
         write_atomically(folder / "environment.yaml", yaml.safe_dump(now, sort_keys=False).encode())
 
 

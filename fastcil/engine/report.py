@@ -79,7 +79,18 @@ def load_comparison(folder: Path) -> Comparison:
         raise FastcilError(f"run_dir is '{folder}', which holds {state}; {advice}.")
     if not results or not all(o.tasks for r in results.values() for o in r.outcomes):
         raise FastcilError(f"run_dir is '{folder}', whose results hold no task; run it again.")
-    return Comparison(results, folder)
+    return Comparison(_common_seeds(results, folder), folder)
+
+
+def _common_seeds(results: dict[str, Result], folder: Path) -> dict[str, Result]:
+    """The results on the seeds that all methods have: an interrupted compare has more of some."""
+    sets = [{outcome.seed for outcome in result.outcomes} for result in results.values()]
+    common = sorted(set.intersection(*sets))
+    if not common:
+        raise FastcilError(
+            f"run_dir is '{folder}', whose methods have no seed in common; compare again."
+        )
+    return {method: result.only(common) for method, result in results.items()}
 
 
 def render_report(comparison: Comparison) -> str:

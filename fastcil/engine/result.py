@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,12 @@ class Result:
     def seconds(self) -> float:
         """Wall time of all tasks, mean over seeds."""
         return float(np.mean([sum(t.seconds for t in o.tasks) for o in self.outcomes]))
+
+    def only(self, seeds: Sequence[int]) -> Result:
+        """The same result on some of its seeds, in their order."""
+        by_seed = {outcome.seed: outcome for outcome in self.outcomes}
+        outcomes = [by_seed[seed] for seed in seeds]
+        return Result(self.config, self.environment, outcomes, self.run_dir, self._learner)
 
     def save(self, path: str | Path) -> None:
         """Writes the result as JSON, atomically."""

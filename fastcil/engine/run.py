@@ -21,7 +21,7 @@ from fastcil.engine.progress import make_progress
 from fastcil.engine.records import collect_records
 from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
 from fastcil.engine.scenario import Arrival, Scenario, pick
-from fastcil.engine.state import load_state, save_state
+from fastcil.engine.state import load_state, locked, save_state
 from fastcil.engine.trainer import Trainer
 from fastcil.memory import Budget
 
@@ -95,7 +95,7 @@ def run_plan(plan: Plan, folder: Path | None) -> Result:
         if folder is None and not learners and runner.learner is not None:
             learners.append(runner.learner)
     if folder is None:
-        return Result(plan.config(), environment(), outcomes, None, lambda: learners[0])
+        return Result(plan.config(), environment(plan.device), outcomes, None, lambda: learners[0])
     first = folder / f"seed-{plan.seeds[0]}"
     result = Result(
         plan.config(),
@@ -129,9 +129,17 @@ class SeedRun:
 
     def run(self) -> SeedOutcome:
         """Runs what is left to run and hands over everything measured."""
-        if self.folder is not None and (self.folder / RESULT).is_file():
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
-            return Result.load(self.folder).outcomes[0]
+        if self.folder is None:
+            return self._run()
+        if not (self.folder / RESULT).is_file():
+            with locked(self.folder):
+                # Another process may have finished it meanwhile.
+                if not (self.folder / RESULT).is_file():
+                    return self._run()
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return Result.load(self.folder).outcomes[0]
+
+    def _run(self) -> SeedOutcome:
         tell = self._listener()
         tell("run", {"method": self.plan.settings.method, "seed": self.seed})
         resume = self._restore(tell)
@@ -173,11 +181,11 @@ class SeedRun:
             )
             return None
         state = load_state(file)
-        self.learner = Learner.from_state(
-            state["learner"], device=self.plan.device, backbone=self.plan.backbone
-        )
         # Options that may change between two sittings are this sitting's.
-        self.learner.settings = self.plan.settings
+        saved = {**state["learner"], "settings": self.plan.settings.as_dict()}
+        self.learner = Learner.from_state(
+            saved, device=self.plan.device, backbone=self.plan.backbone
+        )
         self.outcome = SeedOutcome(self.seed, [TaskOutcome(**t) for t in state["tasks"]])
         tell("resumed", {"task": len(self.outcome.tasks), "path": str(file)})
         return state if "trainer" in state else None
@@ -268,5 +276,6 @@ class SeedRun:
         if self.folder is None or self.learner is None:
             return
         self.learner.save(self.folder / LEARNER)
-        Result(self.plan.config(), environment(), [self.outcome]).save(self.folder / RESULT)
+        measured = environment(self.plan.device)
+        Result(self.plan.config(), measured, [self.outcome]).save(self.folder / RESULT)
         (self.folder / CHECKPOINT).unlink(missing_ok=True)

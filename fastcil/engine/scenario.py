@@ -122,6 +122,7 @@ def make_scenario(
         FastcilError: An unknown name, or classes or images that the data set does not have.
     """
     total = len(dataset.class_names)
+    _check_complete(dataset)
     if isinstance(scenario, str):
         order = class_order(total, order_seed)
         arrivals, start = [], 0
@@ -141,6 +142,18 @@ def make_scenario(
         _check_arrival(f"scenario's task {number}", arrival, dataset, known)
         known |= set(arrival.classes)
     return scenario
+
+
+def _check_complete(dataset: Dataset) -> None:
+    """Refuses a class that can't be learned, or not be tested."""
+    for name, part in (("training", dataset.train), ("test", dataset.test)):
+        have = torch.bincount(part.labels.cpu(), minlength=len(dataset.class_names))
+        missing = (have == 0).nonzero().flatten().tolist()
+        if missing:
+            raise FastcilError(
+                f"'{dataset.name}' has no {name} image of class "
+                f"'{dataset.class_names[missing[0]]}'; give it some, or leave the class out."
+            )
 
 
 def _check_arrival(what: str, arrival: Arrival, dataset: Dataset, known: set[int]) -> None:

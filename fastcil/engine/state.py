@@ -6,8 +6,11 @@ memory; its header carries the JSON.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +60,47 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a kill at any moment, sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file so that a reader, or a kill at any moment, sees the old one or the new one.
+
+    Raises:
+        FastcilError: The file can't be written.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        raise FastcilError(f"'{path}' can't be written: {error.strerror}.") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process, as long as it lives: two would write each other's files.
+
+    Raises:
+        FastcilError: Another process holds it, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "wb")  # noqa: SIM115
+    except OSError as error:
+        raise FastcilError(f"'{folder}' can't be written: {error.strerror}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FastcilError(
+                f"run_dir's '{folder}' is in use by another process; wait for it, or use another "
+                f"directory."
+            ) from error
+        yield
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

@@ -83,12 +83,14 @@ class _Lane:
     def update(self, loss: Tensor) -> None:
         """Back-propagates, clips and steps the optimiser (the `Stepper` a stage sees)."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.stage.recipe.clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.stage.recipe.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        # Backward takes its precision from the forward pass, not from autocast.
+        with torch.autocast(loss.device.type, enabled=False):
+            self.scaler.scale(loss).backward()
+            if self.stage.recipe.clip:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.parameters, self.stage.recipe.clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
     def add(self, losses: Losses) -> None:
         """Sums losses on the device: reading them would wait for it."""
@@ -224,8 +226,9 @@ class Trainer:
             for step in range(first, lane.steps):
                 images += self._run_step(lane, epoch, step)
             passed += lane.steps
-        seconds = time.perf_counter() - started
+        # Reading the losses waits for the device: the time is that of the work, not of its launch.
         losses = self._lanes[0].mean_losses()
+        seconds = time.perf_counter() - started
         if max(map(abs, losses.values()), default=0.0) >= LARGEST:
             raise FastcilError(
                 f"stage '{stage.name}' diverged in epoch {epoch} (losses {losses}); "

@@ -20,7 +20,10 @@ from fastcil.contract import (
     Stage,
     Stream,
     Task,
+    check_not_negative,
+    check_positive,
 )
+from fastcil.errors import FastcilError
 from fastcil.nn import LinearHead, Network
 from fastcil.nn.lifecycle import channels, linear_head, new_head, start_network, successor
 
@@ -83,6 +86,15 @@ class DER(Method):
         classifier: Recipe = _CLASSIFIER
         aux_weight: float = 1.0
         temperature: float = 5.0
+
+        def __post_init__(self) -> None:
+            check_positive("temperature", self.temperature)
+            check_not_negative("aux_weight", self.aux_weight)
+            if self.classifier.epochs < 1:
+                raise FastcilError(
+                    f"classifier.epochs is {self.classifier.epochs}; it must be at least 1, since "
+                    f"the stage starts from a fresh head."
+                )
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "imagenet": Config(

@@ -28,7 +28,7 @@ class ExperienceReplay(Method):
 
     so new data and memory weigh the same unless memory holds less than a batch. While it is empty
     only B_n is there. Exemplars are chosen at random, once per task: the paper's reservoir fills
-    while the stream passes, with the same distribution at the end of a single pass.
+    while the stream passes, to the same distribution where all classes are equally frequent.
 
     Example:
         >>> ExperienceReplay.selection

@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcil.contract import Batch, Context, Losses, Method, Recipe, Stage, Stream, Task
+from fastcil.contract import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Recipe,
+    Stage,
+    Stream,
+    Task,
+    check_not_negative,
+    check_positive,
+)
+from fastcil.errors import FastcilError
 from fastcil.nn import (
     LinearHead,
     Network,
@@ -95,6 +107,16 @@ class Foster(Method):
         nominal_memory: int = 0
         nominal_per_class: int = 0
 
+        def __post_init__(self) -> None:
+            for name in ("beta1", "beta2"):
+                if not 0 < getattr(self, name) < 1:
+                    raise FastcilError(
+                        f"{name} is {getattr(self, name)}; it must be between 0 and 1."
+                    )
+            check_positive("temperature", self.temperature)
+            for name in ("distillation_weight", "nominal_memory", "nominal_per_class"):
+                check_not_negative(name, getattr(self, name))
+
         def beta1_at(self, index: int) -> float:
             """beta1 in task ``index`` (from 1), kept between 0 and 1."""
             beta = self.beta1 + self.beta1_step * (index - 1)
@@ -126,7 +148,7 @@ class Foster(Method):
             return
         (old,), head = self.network.extractors, linear_head(self.network)
         new, width = successor(old), head.in_features
-        self.old_head = successor(head)
+        self.old_head = successor(head).requires_grad_(False)
         head.grow(task.total, in_features=2 * width)
         self.network = Network([old, new], head)
         self.network.freeze(0)
@@ -177,9 +199,9 @@ class Foster(Method):
     def _counts(self, task: Task) -> Tensor:
         """Training images n_c of each class, float64 [C]; the old ones' mean, or nominal."""
         counts = task.examples.labels.cpu().bincount(minlength=task.total).double()
-        if self.config.nominal_per_class:
+        if self.config.nominal_per_class > 0:
             old = float(self.config.nominal_per_class)
-        elif self.config.nominal_memory:
+        elif self.config.nominal_memory > 0:
             old = float(self.config.nominal_memory // task.known)
         else:
             old = len(task.exemplars) / task.known
@@ -202,9 +224,9 @@ class Foster(Method):
         features = self.network.features(batch.images)  # [B, 2 D]
         logits = self.network.head(features)  # [B, C]
         width = self.aux_head.in_features
-        # The frozen extractor within `network` is the old network's: one pass serves both.
-        with torch.no_grad():
-            old_logits = self.old_head(features[:, :width])  # [B, C_o]
+        # The frozen extractor within `network` is the old network's: one pass serves both. Its
+        # weights have no gradient; images that depend on something learned (a mask) have.
+        old_logits = self.old_head(features[:, :width])  # [B, C_o]
         return {
             "classification": F.cross_entropy(logits / weights, batch.labels),
             "enhancement": F.cross_entropy(self.aux_head(features[:, width:]), batch.labels),

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcil.contract import Batch, Context, Losses, Method, Recipe, Stage, Stream, Task, evaluating
+from fastcil.contract import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Recipe,
+    Retained,
+    Stage,
+    Stream,
+    Task,
+    check_not_negative,
+    check_positive,
+    evaluating,
+)
 from fastcil.nn import Network, distillation
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 from fastcil.nn.nearest_mean import class_means, nearest_mean_scores
@@ -83,6 +97,10 @@ class ICaRL(Method):
         temperature: float = 2.0
         flip_means: bool = True
 
+        def __post_init__(self) -> None:
+            check_positive("temperature", self.temperature)
+            check_not_negative("outputs", self.outputs)
+
     PRESETS: ClassVar[dict[str, Config]] = {
         "imagenet": Config(first=_IMAGENET, later=_IMAGENET, flip_means=False),
         "pycil": Config(first=_PYCIL_FIRST, later=_PYCIL_LATER, loss="softmax", flip_means=False),
@@ -103,15 +121,23 @@ class ICaRL(Method):
         else:
             self.teacher = frozen_copy(self.network)
             linear_head(self.network).grow(task.total)
+        # The budget is applied before the means are taken: their place is counted from now on.
+        head = linear_head(self.network)
+        self.means = head.weight.new_zeros(task.total, head.in_features)
 
     def stages(self, task: Task) -> list[Stage]:
         """One stage on new data and exemplars."""
         recipe = self.config.first if task.first else self.config.later
+        own = torch.zeros(task.total, dtype=torch.bool)
+        own[list(task.classes)] = True
+        own = own.to(linear_head(self.network).weight.device)
         return [
             Stage(
                 name="icarl",
                 method=self,
-                objective=self._sigmoid if self.config.loss == "sigmoid" else self._softmax,
+                objective=partial(self._sigmoid, own)
+                if self.config.loss == "sigmoid"
+                else self._softmax,
                 streams=(Stream((task.examples, task.exemplars), recipe.batch_size),),
                 recipe=recipe,
                 parameters=lambda: self.network.parameters(),
@@ -120,14 +146,19 @@ class ICaRL(Method):
             )
         ]
 
-    def _sigmoid(self, batch: Batch) -> Losses:
-        """Binary cross-entropies with the old network's outputs as targets (Alg. 3)."""
+    def _sigmoid(self, own: Tensor, batch: Batch) -> Losses:
+        """Binary cross-entropies with the old network's outputs as targets (Alg. 3).
+
+        Of the task's own classes, ``own`` [K], new images have the label as target: also of those
+        that were known before and come again.
+        """
         logits = self.network(batch.images)  # [B, K]
         targets = F.one_hot(batch.labels, logits.shape[1]).to(logits.dtype)  # [B, K]
         old = self._teach(batch.images)
         known = 0 if old is None else old.shape[1]
         if old is not None:
-            targets = torch.cat([old.sigmoid().to(targets.dtype), targets[:, known:]], dim=1)
+            taught = torch.cat([old.sigmoid().to(targets.dtype), targets[:, known:]], dim=1)
+            targets = torch.where((batch.part == 0)[:, None] & own, targets, taught)
         terms = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         terms = terms / (len(logits) * max(logits.shape[1], self.config.outputs))
         if old is None:
@@ -148,9 +179,11 @@ class ICaRL(Method):
             )
         return losses
 
-    @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor | None:
-        """The previous network's logits, or None in the first task."""
+        """The previous network's logits, or None in the first task.
+
+        Its weights are frozen; images that depend on something learned (a mask) are not.
+        """
         return None if self.teacher is None else self.teacher(images)
 
     def end_task(self, task: Task) -> None:
@@ -166,6 +199,10 @@ class ICaRL(Method):
                 features.append(self.context.scan(self.embed, exemplars, flip=True))
         labels = exemplars.labels.repeat(len(features))
         self.means = class_means(torch.cat(features), labels, task.total)
+
+    def retained(self) -> list[Retained]:
+        """The class means: the readout's weights, made anew from the exemplars in each task."""
+        return [Retained("class means", "network", {"means": self.means})]
 
     def nearest_mean(self, images: Tensor) -> Tensor:
         """Minus the squared distance to each mean of exemplars (Eq. 2), [B, K]."""

@@ -128,8 +128,8 @@ def check_rows(
     sound = (size > 0).all(1) & _inside(fields[:, 2:6], size)
     sound &= torch.where(raw, whole, ((grid > 0) & (grid <= size)).all(1))
     _refuse(sound, "geometry", "(H, W, y0, x0, y1, x1, gh, gw) of an image", geometry)
-    end = offsets + 3 * stored_pixels(layout(offsets, geometry))
-    _refuse((offsets >= 0) & (end <= room), "offsets", "an offset inside the pixels", offsets)
+    last = room - 3 * stored_pixels(layout(offsets, geometry))  # a sum could wrap around
+    _refuse((offsets >= 0) & (offsets <= last), "offsets", "an offset inside the pixels", offsets)
     if views is not None:
         seen, grid = views.long(), views[:, 4:].long()
         sound = raw & _inside(seen[:, :4], size) & ((grid > 0) & (grid <= size)).all(1)

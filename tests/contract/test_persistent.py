@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from torch import Tensor, nn
+from backbones import ConvNet
+from torch import nn
 
 from fastcil.contract import Persistent, Retained, Stage, evaluating, total
 from fastcil.contract.recipe import Recipe
@@ -14,21 +15,9 @@ from fastcil.errors import FastcilError
 from fastcil.nn import LinearHead, Network
 
 
-class Backbone(nn.Module):
-    out_channels = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.layers(images)
-        return maps
-
-
 class Context:
     def make_backbone(self) -> nn.Module:
-        return Backbone()
+        return ConvNet()
 
 
 class Keeper(Persistent):
@@ -43,8 +32,8 @@ class Keeper(Persistent):
         self.register_buffer("means", torch.empty(0, 0))
 
     def fill(self, classes: int, extractors: int = 1) -> Keeper:
-        parts = [Backbone() for _ in range(extractors)]
-        self.network = Network(parts, LinearHead(4 * extractors, classes))
+        parts = [ConvNet() for _ in range(extractors)]
+        self.network = Network(parts, LinearHead(6 * extractors, classes))
         self.network.freeze(*range(extractors - 1))
         with torch.no_grad():
             self.scale.fill_(2.5)
@@ -65,10 +54,10 @@ def copy(keeper: Keeper, into: Keeper) -> Keeper:
 def test_a_fresh_or_a_used_one_becomes_the_same(before, teacher) -> None:
     keeper = Keeper().fill(5, 2)
     if teacher:
-        keeper.teacher = Network([Backbone()], LinearHead(4, 3))
+        keeper.teacher = Network([ConvNet()], LinearHead(6, 3))
     again = before()
     if not teacher:
-        again.teacher = Network([Backbone()], LinearHead(4, 3))
+        again.teacher = Network([ConvNet()], LinearHead(6, 3))
     again = copy(keeper, again)
     assert (again.teacher is None) == (not teacher)
     assert again.network.frozen == (0,) and len(again.network.extractors) == 2
@@ -92,7 +81,7 @@ def test_what_does_not_fit_is_a_sentence() -> None:
 
 
 def test_evaluating_puts_each_part_back() -> None:
-    network = Network([Backbone(), Backbone()], LinearHead(8, 3)).train()
+    network = Network([ConvNet(), ConvNet()], LinearHead(12, 3)).train()
     network.freeze(0)
     network.extractors[1].layers[1].eval()
     before = {name: part.training for name, part in network.named_modules()}

@@ -79,6 +79,8 @@ def test_a_users_own_name_may_be_given_again(own_tables) -> None:
         ("method", "a.b", "it must be made of letters"),
         ("method", "a,b", "it must be made of letters"),
         ("codec", "", "it must be made of letters"),
+        ("method", "cim", "method name 'cim' is that of an addon; choose another."),
+        ("addon", "foster", "addon name 'foster' is that of a method"),
         ("methods", "mine", "kind is 'methods', which is unknown; did you mean 'method'?"),
     ],
 )
@@ -86,3 +88,8 @@ def test_bad_names_are_refused(kind, name, says, own_tables) -> None:
     with pytest.raises(FastcilError) as caught:
         register(kind, name, object)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_only_classes_are_registered(own_tables) -> None:
+    with pytest.raises(FastcilError, match="pass a class, not what it makes"):
+        register("method", "mine", object())  # type: ignore[arg-type]

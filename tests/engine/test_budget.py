@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor, nn
+from backbones import ConvNet
+from torch import Tensor
 
 from fastcil import Budget, train
 from fastcil.contract.registry import METHODS
@@ -32,21 +33,6 @@ OPTIONS = {
     "augment.size": 16,
 }
 COUNTED = ("exemplars", "logits", "generator", "codec")
-
-
-class Tiny(nn.Module):
-    out_channels = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()),
-            *(nn.Conv2d(4, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.layers(images)
-        return maps
 
 
 def draw(per_class: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
@@ -130,7 +116,7 @@ def boundaries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def run(method: str, memory: str, **options: Any) -> Result:
-    result = train(method, DATA, "b3-inc2", memory, backbone=Tiny, **OPTIONS, **options)
+    result = train(method, DATA, "b3-inc2", memory, backbone=ConvNet, **OPTIONS, **options)
     assert [task.classes for task in result.outcomes[0].tasks] == list(SIZES)
     return result
 

@@ -8,21 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from backbones import ConvNet
+from torch import Tensor
 
 import fastcil
-
-
-class Backbone(nn.Module):
-    out_channels = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU())
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.layers(images)
-        return maps
 
 
 @pytest.fixture
@@ -59,7 +48,7 @@ def test_compiled_objectives_survive_growing_heads(method, counted_compile, asse
         learner = fastcil.Learner(
             method,
             memory="8 images",
-            backbone=Backbone,
+            backbone=ConvNet,
             **{
                 "engine.compile": compiled,
                 "engine.epoch_scale": 0.01,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor, nn
+from backbones import ConvNet
 
 from fastcil import FastcilError, Learner, train
 from fastcil.engine.result import Result
@@ -42,18 +42,6 @@ SHORT = {
 }
 
 
-class Tiny(nn.Module):
-    out_channels = 5
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.BatchNorm2d(5), nn.ReLU())
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.layers(images)
-        return maps
-
-
 def draw(per_class: int, seed: int) -> tuple[np.ndarray, list[int]]:
     rng = np.random.default_rng(seed)
     labels = [label for label in range(5) for _ in range(per_class)]
@@ -68,7 +56,7 @@ def run(method: str, run_dir: Path | None, **options: Any) -> Result:
     short = {k: v for k, v in SHORT.items() if k.partition(".")[0] in named}
     all_options = {**OPTIONS, **short, **options}
     return train(
-        method, DATA, "b2-inc2", "10 images", run_dir=run_dir, backbone=Tiny, **all_options
+        method, DATA, "b2-inc2", "10 images", run_dir=run_dir, backbone=ConvNet, **all_options
     )
 
 
@@ -149,8 +137,8 @@ def test_a_learner_that_is_stopped_is_as_it_was(
 ) -> None:
     """What was begun is undone: learning the same classes again is as if nothing had happened."""
     shelves = [{f"{t}{k}": draw(7, 10 * t + k)[0][:7] for k in range(2)} for t in range(2)]
-    learner = Learner(method, memory="10 images", backbone=Tiny, **OPTIONS)
-    other = Learner(method, memory="10 images", backbone=Tiny, **OPTIONS)
+    learner = Learner(method, memory="10 images", backbone=ConvNet, **OPTIONS)
+    other = Learner(method, memory="10 images", backbone=ConvNet, **OPTIONS)
     run_stages = Trainer.run
 
     def stop(*_: Any, **__: Any) -> None:

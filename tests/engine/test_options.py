@@ -234,6 +234,7 @@ def test_epoch_scale_and_batch_size_reach_every_methods_stages(method: str) -> N
             "addon 'cim' compresses exemplars, and Finetune keeps nothing",
         ),
         ({"method": "joint+cam"}, "Joint keeps everything"),
+        ({"method": "er+cam+cim"}, "has 'cam' and 'cim', and each stores exemplars its own way"),
         ({"codec": "bbox"}, "codec is 'bbox', which keeps a box of every image sharp"),
         ({"engine.tensorboard": True}, "pip install 'fastcil"),
         ({"network.name": "resnet99"}, "backbone is 'resnet99'"),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from backbones import ConvNet
+from torch import Tensor
 
 from fastcil import Arrival, FastcilError, Learner, Result, Scenario, train
 from fastcil.contract import evaluating
@@ -31,22 +32,7 @@ OPTIONS = {
 }
 
 
-class Tiny(nn.Module):
-    out_channels = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()),
-            *(nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.layers(images)
-        return maps
-
-
-class Other(Tiny):
+class Other(ConvNet):
     """Another backbone of the same shape."""
 
 
@@ -67,7 +53,7 @@ DATA = Dataset("beasts", part(8, 0), part(5, 1), CLASSES)
 
 
 def run(method: str = "er", **changes: Any) -> Result:
-    arguments = {"data": DATA, "scenario": SCENARIO, "memory": "14 images", "backbone": Tiny}
+    arguments = {"data": DATA, "scenario": SCENARIO, "memory": "14 images", "backbone": ConvNet}
     return train(method, **{**arguments, **OPTIONS, **changes})
 
 
@@ -193,11 +179,11 @@ def test_a_seed_is_the_same_alone_in_company_and_on_disk(saved) -> None:
         assert (task.correct, task.nbytes, task.units) == (other.correct, other.nbytes, other.units)
     images = [DATA.test.images.image(k).numpy() for k in range(12)]
     expected = alone.learner.predict(images)
-    found = Result.load(folder / "seed-1", backbone=Tiny).learner.predict(images)
+    found = Result.load(folder / "seed-1", backbone=ConvNet).learner.predict(images)
     assert found.names == expected.names and torch.equal(found.scores, expected.scores)
     first = both.learner
     assert first is both.learner, "a Learner that learns on is not forgotten"
-    assert first.seed == 3 and Result.load(folder, backbone=Tiny).learner.seed == 3
+    assert first.seed == 3 and Result.load(folder, backbone=ConvNet).learner.seed == 3
     assert not torch.equal(first.predict(images).scores, expected.scores)
 
 
@@ -256,7 +242,7 @@ def arrivals(*classes: tuple[int, ...]) -> Scenario:
         ({"memory": "15 images"}, "memory was 14 images, now 15 images"),
         ({"er.first.lr": 0.5}, "er.first.lr was 0.1, now 0.5"),
         ({"engine.order_seed": None}, "engine.order_seed was 1993, now None"),
-        ({"backbone": Other}, "backbone was Tiny, now Other"),
+        ({"backbone": Other}, "backbone was ConvNet, now Other"),
         ({"scenario": arrivals((0, 1), (3, 2))}, "tasks was 2 tasks"),
         ({"data": Dataset("beasts", part(8, 5), DATA.test, CLASSES)}, "images was"),
     ],
@@ -345,5 +331,5 @@ def test_images_decide_together_how_they_are_cut() -> None:
     for size in (None, 32):
         scenario = arrivals((0, 1), (2, 3))
         more = {**options, "augment.size": size or 40}
-        result = train("finetune", data, scenario, "none", backbone=Tiny, **more)
+        result = train("finetune", data, scenario, "none", backbone=ConvNet, **more)
         assert result.learner.parts.augmentation.crop == "resized"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from backbones import ConvNet
+from torch import nn
 from torch.nn import functional as F
 
 from fastcil.contract import Batch, Losses, Method, Recipe, Stage, Stepper, Stream, Task, Views
@@ -27,25 +28,11 @@ CPU = torch.device("cpu")
 AUGMENTATION = Augmentation(8, min_scale=0.5)
 
 
-class Backbone(nn.Module):
-    """One convolution with batch norm, which has statistics to get wrong."""
-
-    out_channels = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU())
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.layers(images)
-        return maps
-
-
 class Lender:
     """What of the context a method needs while it trains."""
 
     def make_backbone(self) -> nn.Module:
-        return Backbone()
+        return ConvNet()
 
 
 FIT = Recipe(epochs=2, lr=0.1, batch_size=4, clip=1.0)
@@ -73,7 +60,7 @@ class Restless(Method):
         self.dtypes: set[torch.dtype] = set()
 
     def begin_task(self, task: Task) -> None:
-        self.network = Network([Backbone()], LinearHead(6, task.total))
+        self.network = Network([ConvNet()], LinearHead(6, task.total))
 
     def stages(self, task: Task) -> list[Stage]:
         config = self.config

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backbones import ConvNet
 from torch import Tensor, nn
 
 from fastcil.contract import Batch, Method, Recipe, Stage, Stream, Task
@@ -18,26 +19,6 @@ from fastcil.data import Examples, ImageStore
 SIDE = 8
 # Uneven tasks, the last of a single class.
 SIZES = (5, 3, 1)
-
-
-class TinyBackbone(nn.Module):
-    """Two convolutions with batch norm; ReLU modules as the contract wants them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out_channels = 6
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1, bias=False),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(6),
-            nn.ReLU(),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.layers(images)
-        return maps
 
 
 def read(examples: Examples, index: Sequence[int], flip: bool = False) -> Tensor:
@@ -51,7 +32,7 @@ class TinyContext:
     """What the engine lends, without an engine."""
 
     def make_backbone(self) -> nn.Module:
-        return TinyBackbone()
+        return ConvNet()
 
     @torch.no_grad()
     def scan(

@@ -257,16 +257,18 @@ def test_boosting_logits_are_the_joint_heads(lab):
         assert method.network.cam_weights(second.examples.labels[:4]).shape == (4, 12)
 
 
-def test_old_logits_are_targets_only(lab):
-    """No gradient flows into the distillation's target, also when images carry one."""
+def test_the_distillation_s_target_depends_on_the_images_not_on_weights_that_train(lab):
+    """What a mask does to an image, it does to the old logits too (Luo et al. 2023, Eq. 9)."""
     method, stage, batch, _ = at_second_task(lab, 0)
     method.eval()
     images = batch.images.clone().requires_grad_(True)
     loss = stage.loss(replace(batch, images=images))["distillation"]
     (found,) = torch.autograd.grad(loss, images)
     z = method.network(images)[:, :3]
-    with torch.no_grad():
-        target = (method.old_head(method.network.features(images)[:, :6]) / 2).softmax(1)
+    target = (method.old_head(method.network.features(images)[:, :6]) / 2).softmax(1)
     by_hand = -(target * (z / 2).log_softmax(1)).sum(1).mean()
     (expected,) = torch.autograd.grad(by_hand, images)
     torch.testing.assert_close(found, expected)
+    trained = {id(p) for p in stage.parameters()}
+    frozen = [*method.old_head.parameters(), *method.network.extractors[0].parameters()]
+    assert not trained & set(map(id, frozen))

@@ -54,6 +54,25 @@ def test_sigmoid_loss(lab, outputs, scale):
     assert losses["classification"] == pytest.approx(new_only, rel=1e-10)
 
 
+def test_a_class_that_comes_again_is_learned_from_its_labels(lab):
+    method = make(lab)
+    first = lab.make_tasks((3,))[0]
+    method.begin_task(first)
+    method.end_task(lab.after(first))
+    examples = lab.make_examples([0, 1, 0, 1])
+    again = replace(first, index=1, classes=(0, 1), known=3, examples=examples)
+    method.begin_task(again)
+    (stage,) = method.stages(again)
+    batch = lab.batch_of(stage.streams[0], torch.arange(4))
+    with evaluating(method), torch.no_grad():
+        z = method.network(batch.images).double()
+        target = method.teacher(batch.images).sigmoid().double()
+        found = sum(stage.loss(batch).values())
+    target[:, :2] = torch.eye(3, dtype=torch.float64)[batch.labels][:, :2]
+    expected = -(target * z.sigmoid().log() + (1 - target) * (1 - z.sigmoid()).log()).sum() / 400
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_sigmoid_loss_of_the_first_task(lab):
     method = make(lab).double()
     task = lab.make_tasks((3,))[0]

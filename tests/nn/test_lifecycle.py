@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import torch
+from backbones import ConvNet
 from torch import nn
 
 from fastcil.nn import Network
 from fastcil.nn.lifecycle import frozen_copy, new_head, start_network, successor
 
 
-class Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.out_channels = 5
-        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
-
-    def forward(self, images):
-        return self.layers(images)
-
-
 def test_start_network():
-    backbone = Tiny()
+    backbone = ConvNet()
     network = start_network(backbone, 4)
     assert isinstance(network, Network)
     assert network.extractors[0] is backbone
     assert network.head.bias is not None
     assert network(torch.zeros(2, 3, 6, 6)).shape == (2, 4)
-    assert start_network(Tiny(), 4, bias=False).head.bias is None
+    assert start_network(ConvNet(), 4, bias=False).head.bias is None
 
 
 def test_new_head_lies_where_its_network_does():
     with torch.device("meta"):
-        backbone = Tiny()
-    assert new_head(backbone, 5, 3).weight.device.type == "meta"
-    assert new_head(nn.ReLU(), 5, 3).weight.device.type == "cpu"
+        backbone = ConvNet()
+    assert new_head(backbone, 6, 3).weight.device.type == "meta"
+    assert new_head(nn.ReLU(), 6, 3).weight.device.type == "cpu"
 
 
 def test_successor_of_a_frozen_module_trains():
-    network = start_network(Tiny(), 4)
+    network = start_network(ConvNet(), 4)
     network.freeze(0)
     network.train()
     old = network.extractors[0]
@@ -51,7 +42,7 @@ def test_successor_of_a_frozen_module_trains():
 
 
 def test_frozen_copy_no_longer_changes():
-    network = start_network(Tiny(), 4)
+    network = start_network(ConvNet(), 4)
     teacher = frozen_copy(network)
     teacher.train()
     images = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
