@@ -100,7 +100,11 @@ def locked(folder: Path) -> Iterator[None]:
                 f"run_dir's '{folder}' is in use by another process; wait for it, or use another "
                 f"directory."
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            # Whoever comes now finds the run finished, or a file of this name to hold anew.
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
