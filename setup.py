@@ -22,6 +22,8 @@ from setuptools import setup
 # Contraction is off so that a product and a sum round twice, as in the PyTorch reference;
 # the kernels ask for a fused multiply-add where they want one.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+# ATen's vector headers carry pragmas of other compilers.
+CXX_FLAGS += ["-Wno-unknown-pragmas"]
 # What ATen itself requires before it picks a vector width.
 CAPABILITIES = {
     "AVX512": {"__AVX512F__", "__AVX512BW__", "__AVX512VL__", "__AVX512DQ__", "__FMA__"},
