@@ -74,7 +74,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        raise FastcilError(f"'{path}' can't be written: {error.strerror}.") from error
+        raise FastcilError(f"'{path}' can't be written: {error.strerror or error}.") from error
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -91,7 +91,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "wb")  # noqa: SIM115
     except OSError as error:
-        raise FastcilError(f"'{folder}' can't be written: {error.strerror}.") from error
+        raise FastcilError(f"'{folder}' can't be written: {error.strerror or error}.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
