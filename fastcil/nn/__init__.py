@@ -12,9 +12,11 @@ from fastcil.nn.losses import distillation as distillation
 from fastcil.nn.network import Network as Network
 from fastcil.nn.network import build_module as build_module
 from fastcil.nn.pade import Pade as Pade
-from fastcil.nn.pade import share_with_pade as share_with_pade
 from fastcil.nn.rational import RationalFit as RationalFit
 from fastcil.nn.rational import fit_rational as fit_rational
+from fastcil.nn.replace import Replaced as Replaced
+from fastcil.nn.replace import replace_activations as replace_activations
+from fastcil.nn.replace import share_with_pade as share_with_pade
 from fastcil.nn.resnet import resnet18 as resnet18
 from fastcil.nn.resnet import resnet20 as resnet20
 from fastcil.nn.resnet import resnet32 as resnet32

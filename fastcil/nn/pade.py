@@ -1,20 +1,32 @@
-"""Learnable activations, and a second branch of a network that differs in nothing else."""
+"""A learnable activation: a rational function that starts as a usual one."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastcil import ops
 from fastcil.errors import FastcilError
 from fastcil.nn.rational import fit_rational
+from fastcil.ops.pade import MOST, VERSIONS
 
-# fit_rational(torch.relu, (5, 4), "A", (-3, 3)), so that a network of many activations is built at
-# once; tests/nn/test_pade.py fits them again.
+Coefficients = tuple[tuple[float, ...], tuple[float, ...]]
+
+INITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky_relu": functional.leaky_relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "identity": torch.clone,
+}
+
+# fit_rational(torch.relu, (5, 4), "A", (-3, 3)), kept so that all runs start from the same bits;
+# tests/nn/test_pade.py fits them again.
 _RELU_5_4_A = (
     (
         0.029967597722,
@@ -28,14 +40,19 @@ _RELU_5_4_A = (
 )
 
 
-@lru_cache
-def _relu_coefficients(
-    degrees: tuple[int, int], version: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if degrees == (5, 4) and version == "A":
-        return _RELU_5_4_A
-    fit = fit_rational(torch.relu, degrees, version)
+def _fit(
+    function: Callable[[Tensor], Tensor], degrees: tuple[int, int], version: str
+) -> Coefficients:
+    # Noise has no part in the fit.
+    fit = fit_rational(function, degrees, "B" if version == "D" else version)
     return tuple(fit.numerator.tolist()), tuple(fit.denominator.tolist())
+
+
+@lru_cache
+def _fit_named(init: str, degrees: tuple[int, int], version: str) -> Coefficients:
+    if (init, degrees, version) == ("relu", (5, 4), "A"):
+        return _RELU_5_4_A
+    return _fit(INITS[init], degrees, version)
 
 
 class Pade(nn.Module):
@@ -45,28 +62,34 @@ class Pade(nn.Module):
         Q(x) = 1 + \sum_{k=1}^n |b_k x^k|
 
     (Molina et al. 2020, Eq. 1; Q as in the code of Luo et al. 2023, version A of
-    ``fastcil.ops.pade``.) It starts as the least-squares fit to a function on [-3, 3]: at degrees
-    (5, 4) and version A it is within 0.030 of ReLU there (the maximum, at 0; 0.0051 root mean
-    square). Beyond, it is a straight line in the limit, of slope a_5 / abs(b_4) = 0.72 on both
-    sides.
+    ``fastcil.ops.pade``, which lists the others.) It starts as the least-squares fit to a function
+    on [-3, 3]: at degrees (5, 4) and version A it is within 0.030 of ReLU there (the maximum, at 0;
+    0.0051 root mean square). Beyond, it is a straight line in the limit, of slope a_5 / abs(b_4) =
+    0.72 on both sides.
 
     Args:
-        degrees: m of the numerator, n of the denominator.
-        version: Form of the denominator, "A", "B", "C" or "nonsafe".
-        init: "relu", or any function to start as, float64 [points] -> [points].
+        degrees: m of the numerator and n of the denominator, up to (8, 8).
+        version: Form of the denominator: "A", "B", "C", "D" or "nonsafe". The noise of "D" is for
+            training: in evaluation it is "B".
+        init: What to start as: "relu", "leaky_relu" (of slope 0.01), "gelu", "silu", "tanh",
+            "identity", or any function, float64 [points] -> [points].
+        groups: Number G of groups of channels with coefficients of their own; channel c of C
+            belongs to group c // (C / G).
 
     Attributes:
-        numerator: a_0 ... a_m.  # [m + 1]
-        denominator: b_1 ... b_n.  # [n]
+        numerator: a_0 ... a_m.  # [m + 1], or [G, m + 1] if G > 1
+        denominator: b_1 ... b_n.  # [n], or [G, n] if G > 1
 
     Raises:
-        FastcilError: If ``init``, ``degrees`` or ``version`` is none of these.
+        FastcilError: If ``init``, ``degrees``, ``version`` or ``groups`` is none of these.
 
     Example:
         >>> activation = Pade()
         >>> x = torch.linspace(-3, 3, 601)
         >>> bool((activation(x) - x.relu()).abs().max() < 0.0301)
         True
+        >>> Pade((3, 2), "B", init="silu", groups=4).numerator.shape
+        torch.Size([4, 4])
     """
 
     def __init__(
@@ -74,82 +97,44 @@ class Pade(nn.Module):
         degrees: tuple[int, int] = (5, 4),
         version: str = "A",
         init: str | Callable[[Tensor], Tensor] = "relu",
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        numerator: tuple[float, ...]
-        denominator: tuple[float, ...]
+        m, n = degrees
+        if not (0 <= m <= MOST and 1 <= n <= MOST):
+            raise FastcilError(f"degrees is {degrees}; it must be from (0, 1) to ({MOST}, {MOST}).")
+        if version not in VERSIONS:
+            raise FastcilError(f"version is {version!r}; it must be one of {', '.join(VERSIONS)}.")
+        if groups < 1:
+            raise FastcilError(f"groups is {groups}; there must be at least 1.")
         if callable(init):
-            fit = fit_rational(init, degrees, version)
-            numerator, denominator = tuple(fit.numerator.tolist()), tuple(fit.denominator.tolist())
-        elif init == "relu":
-            numerator, denominator = _relu_coefficients(tuple(degrees), version)
+            numerator, denominator = _fit(init, (m, n), version)
+        elif init in INITS:
+            numerator, denominator = _fit_named(init, (m, n), version)
         else:
-            raise FastcilError(f"init is {init!r}; it must be 'relu' or a function.")
+            names = ", ".join(INITS)
+            raise FastcilError(f"init is {init!r}; it must be one of {names}, or a function.")
         self.version = version
-        self.numerator = nn.Parameter(torch.tensor(numerator))
-        self.denominator = nn.Parameter(torch.tensor(denominator))
+        rows = (1,) if groups == 1 else (groups, 1)
+        self.numerator = nn.Parameter(torch.tensor(numerator).repeat(rows))
+        self.denominator = nn.Parameter(torch.tensor(denominator).repeat(rows))
 
     @property
     def degrees(self) -> tuple[int, int]:
         """The degrees m and n of numerator and denominator."""
-        return len(self.numerator) - 1, len(self.denominator)
+        return self.numerator.shape[-1] - 1, self.denominator.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of channels."""
+        return len(self.numerator) if self.numerator.dim() == 2 else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies f to every element."""
-        return ops.pade(x, self.numerator, self.denominator, self.version)
+        """Applies f to every element of x: any shape, [B, C, ...] with groups."""
+        version = "B" if self.version == "D" and not self.training else self.version
+        return ops.pade(x, self.numerator, self.denominator, version)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
-        return f"degrees={self.degrees}, version={self.version}"
-
-
-def share_with_pade(
-    module: nn.Module,
-    activation: type[nn.Module] | tuple[type[nn.Module], ...] = nn.ReLU,
-    degrees: tuple[int, int] = (5, 4),
-    version: str = "A",
-) -> nn.Module:
-    """A second branch: the same weights, other activations (Luo et al. 2023, Fig. 3).
-
-    The copy has the structure of ``module`` and shares with it every Parameter and buffer, the
-    very objects, so that training the one changes the other; every activation module is replaced
-    by a new ``Pade`` on its device, trainable and starting as ReLU. Its parameters keep their
-    names, so that ``torch.func.functional_call`` takes the same dictionary for both.
-
-    The objects stay shared as long as they stay what they are: make the branch after the network
-    has moved to its device and after its head has grown.
-
-    Args:
-        module: A network or a part of one.
-        activation: Class (or classes) of the modules to replace.
-        degrees: Degrees of the new activations.
-        version: Form of their denominator.
-
-    Returns:
-        The branch, in the same training or evaluation mode in every part.
-
-    Raises:
-        FastcilError: If ``module`` has no such module, for example because it calls
-            ``torch.relu``.
-
-    Example:
-        >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-        >>> branch = share_with_pade(network)
-        >>> branch[0].weight is network[0].weight, type(branch[1]).__name__
-        (True, 'Pade')
-    """
-    places = [part for part in module.modules() if isinstance(part, activation)]
-    if not places:
-        kinds = activation if isinstance(activation, tuple) else (activation,)
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise FastcilError(
-            f"module {type(module).__name__} has no {names} module to replace; give each of its "
-            "activations a module of its own instead of calling a function."
-        )
-    # What the memo of a deep copy already holds is used as it is.
-    shared = (*module.parameters(), *module.buffers())
-    memo: dict[int, object] = {id(tensor): tensor for tensor in shared}
-    device = shared[0].device if shared else None
-    for place in places:
-        memo[id(place)] = Pade(degrees, version).to(device).train(place.training)
-    return copy.deepcopy(module, memo)
+        groups = f", groups={self.groups}" if self.groups > 1 else ""
+        return f"degrees={self.degrees}, version={self.version}{groups}"
