@@ -17,15 +17,15 @@ from fastcil.ops.cam import cam, check_maps
 _LONGEST_SIDE = 32767  # what int16 holds
 
 
-def _taps(positions: int, sides: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+def _taps(positions: int, sides: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Where each pixel of a side reads the map: first position and weight of the next one.
 
-    The float32 values of ``torch.nn.functional.interpolate`` on the CPU (align_corners=False),
-    whose product and sum are rounded once: as here, in float64 and then to float32.
+    The values of ``torch.nn.functional.interpolate`` on the CPU (align_corners=False), whose
+    product and sum are rounded once: as here, in float64 and then to the map's float32.
     """
     pixel = torch.arange(longest, dtype=torch.float64, device=sides.device)
-    scale = (positions / sides.to(torch.float32)).double()  # [B]
-    source = (scale[:, None] * (pixel + 0.5) - 0.5).clamp(min=0).to(torch.float32)
+    scale = (positions / sides.to(dtype)).double()  # [B]
+    source = (scale[:, None] * (pixel + 0.5) - 0.5).clamp(min=0).to(dtype)
     first = source.floor().long().clamp(max=positions - 1)  # [B, longest]
     return first, (source - first).clamp(0, 1)
 
@@ -50,7 +50,7 @@ def _resample(maps: Tensor, first: Tensor, weight: Tensor) -> Tensor:
     rows = maps.shape[1]
     left = maps.gather(2, first[:, None].expand(-1, rows, -1))
     right = maps.gather(2, second[:, None].expand(-1, rows, -1))
-    weight = weight[:, None].to(maps.dtype)
+    weight = weight[:, None]
     return left * (1 - weight) + right * weight
 
 
@@ -66,10 +66,11 @@ def _span(
     ``lines`` and ``across`` give their number in each image, and the largest of these.
     """
     count, longest = lines
-    first, weight = _taps(maps.shape[1], *across)
+    first, weight = _taps(maps.shape[1], *across, maps.dtype)
     pixels = _extremes(first, across[0], maps.shape[1])
     few = _resample(maps.mT, first.gather(1, pixels), weight.gather(1, pixels))  # [B, p, 2n]
-    values = _resample(few.mT, *_taps(maps.shape[2], count, longest))  # [B, 2n, longest]
+    taps = _taps(maps.shape[2], count, longest, maps.dtype)
+    values = _resample(few.mT, *taps)  # [B, 2n, longest]
     line = torch.arange(longest, device=maps.device)
     above = (values > threshold).any(1) & (line < count[:, None])  # [B, longest]
     start = torch.where(above, line, longest).amin(1)
@@ -95,7 +96,9 @@ def _cam_boxes(
     rows, columns = (height, largest_height), (width, largest_width)
     y0, y1 = _span(maps.mT, rows, columns, threshold)
     x0, x1 = _span(maps, columns, rows, threshold)
-    return torch.stack([y0, x0, y1, x1], 1).to(torch.int16), (y1 > y0) & (x1 > x0)
+    # A pixel on the threshold may be above it along its row and not along its column.
+    valid = (y1 > y0) & (x1 > x0)
+    return (torch.stack([y0, x0, y1, x1], 1) * valid[:, None]).to(torch.int16), valid
 
 
 def _fake(
@@ -113,6 +116,7 @@ define(
     " -> (Tensor, Tensor)",
     _cam_boxes,
     _fake,
+    kernel="fastcil.kernels.cam_boxes:cam_boxes",
 )
 
 
@@ -138,11 +142,13 @@ def cam_boxes(
 
     Returns:
         Boxes (y0, x0, y1, x1) in pixels with exclusive ends, and whether any pixel was above the
-        threshold: where not, as with a constant map, the box is (0, 0, 0, 0).
+        threshold: where not, as with a constant map or features that are NaN, the box is
+        (0, 0, 0, 0).
         # int16 [B, 4], bool [B]
 
     Raises:
-        FastcilError: If shapes or dtypes do not fit, or a side is not in 1 ... 32767.
+        FastcilError: If shapes or dtypes do not fit.
+        ValueError: If a side is not in 1 ... 32767 (FastcilError is one).
 
     Example:
         >>> features = torch.zeros(1, 1, 4, 4)
