@@ -62,12 +62,34 @@ struct Cells {
   }
 };
 
+// floor(i * part / whole) for one i after the other; part <= whole.
+class Share {
+ public:
+  Share(int64_t first, int64_t part, int64_t whole)
+      : part_(part), whole_(whole), quotient_(first * part / whole),
+        remainder_(first * part % whole) {}
+
+  int32_t next() {
+    const auto now = static_cast<int32_t>(quotient_);
+    remainder_ += part_;
+    if (remainder_ >= whole_) {
+      remainder_ -= whole_;
+      ++quotient_;
+    }
+    return now;
+  }
+
+ private:
+  int64_t part_, whole_, quotient_, remainder_;
+};
+
 struct PackedImage {
   const uint8_t* bytes;
   const uint8_t* end;              // of the buffer that it is in
   int64_t height, width;
   int64_t y0, x0, y1, x1;          // all 0 where the box is empty
   int64_t grid_height, grid_width;
+  int64_t under_begin, under_end;  // grid rows shown by rows that all cross the box
   int64_t hole_row, hole_rows, hole_columns;  // cells left out
   bool simulated;                  // a view: cells are pixels of the raw image itself
 
@@ -78,15 +100,17 @@ struct PackedImage {
     return static_cast<uint32_t>(y * grid_height) / static_cast<uint32_t>(height);
   }
 
+  // Bytes from a row of the box to the next.
+  int64_t box_stride() const { return 3 * (simulated ? width : x1 - x0); }
+
   // Byte of pixel (y, x), which lies in the box.
   const uint8_t* in_box(int64_t y, int64_t x) const {
     const int64_t pixel = simulated ? y * width + x : (y - y0) * (x1 - x0) + (x - x0);
     return bytes + 3 * pixel;
   }
 
-  // The grid row that row y shows. Right of the box it begins `right_shift` bytes earlier.
-  const uint8_t* grid_row(int64_t y, int64_t* right_shift) const {
-    const int64_t r = cell_row(y);
+  // Row r of the grid. Right of the box it begins `right_shift` bytes earlier.
+  const uint8_t* grid_row(int64_t r, int64_t* right_shift) const {
     *right_shift = 0;
     if (simulated) return bytes + 3 * (r * height / grid_height * width);
     const int64_t below = r - hole_row;
@@ -95,22 +119,34 @@ struct PackedImage {
     return bytes + 3 * ((y1 - y0) * (x1 - x0) + r * grid_width - left_out);
   }
 
-  // The first row that shows the same as row y all along: y itself where it crosses the box.
-  int64_t same_row(int64_t y) const {
-    if (crosses_box(y)) return y;
-    const int64_t first = static_cast<uint32_t>(cell_row(y) * height + grid_height - 1) /
-                          static_cast<uint32_t>(grid_height);
-    return y < y1 ? first : std::max(first, y1);
+  // cell_row of rows from..to.
+  void find_cell_rows(int64_t from, int64_t to, int32_t* out) const {
+    Share share(from, grid_height, height);
+    for (int64_t y = from; y < to; ++y) out[y - from] = share.next();
   }
 
   void find_cells(int64_t from, int64_t to, Cells& cells) const {
     cells.bytes.resize(to - from);
-    const auto w = static_cast<uint32_t>(width), g = static_cast<uint32_t>(grid_width);
+    Share share(from, grid_width, width);
+    int64_t cell = -1, pixel = 0;
     for (int64_t x = from; x < to; ++x) {
-      const uint32_t c = static_cast<uint32_t>(x) * g / w;
-      cells.bytes[x - from] = static_cast<int32_t>(3 * (simulated ? c * w / g : c));
+      const int64_t c = share.next();
+      if (c != cell) pixel = simulated ? c * width / grid_width : c;
+      cell = c;
+      cells.bytes[x - from] = static_cast<int32_t>(3 * pixel);
     }
     cells.find_shuffles();
+  }
+
+  // What grid row r shows in a crop's columns: those left and right of the box's, and where rows
+  // that show it do not cross the box, those between as well.
+  void background_row(int64_t r, const Cells& cells, int64_t left, int64_t right, int64_t columns,
+                      uint8_t* out) const {
+    int64_t shift;
+    const uint8_t* row = grid_row(r, &shift);
+    const bool under = r >= under_begin && r < under_end;
+    cells.spread(row, end, 0, under ? left : right, out);
+    cells.spread(row - shift, end, right, columns, out);
   }
 
   // Columns from..to of row y. `above` is what this wrote for row y - 1, or null.
@@ -124,7 +160,7 @@ struct PackedImage {
       std::memcpy(out + 3 * (right - from), above + 3 * (right - from), 3 * (to - right));
     } else if (left > from || right < to) {
       int64_t shift;
-      const uint8_t* row = grid_row(y, &shift);
+      const uint8_t* row = grid_row(cell_row(y), &shift);
       cells.spread(row, end, 0, left - from, out);
       cells.spread(row - shift, end, right - from, to - from, out);
     }
@@ -154,8 +190,10 @@ inline void set_box(PackedImage& image, const int16_t* box) {
   const auto first = [](int64_t begin, int64_t side, int64_t cells) {
     return begin == 0 ? 0 : (begin - 1) * cells / side + 1;
   };
-  image.hole_row = first(image.y0, image.height, image.grid_height);
-  image.hole_rows = image.y1 * image.grid_height / image.height - image.hole_row;
+  image.under_begin = first(image.y0, image.height, image.grid_height);
+  image.under_end = image.y1 * image.grid_height / image.height;
+  image.hole_row = image.under_begin;
+  image.hole_rows = image.under_end - image.under_begin;
   image.hole_columns = image.x1 * image.grid_width / image.width -
                        first(image.x0, image.width, image.grid_width);
   if (image.simulated || image.hole_rows <= 0 || image.hole_columns <= 0) {

@@ -4,6 +4,7 @@ from fastcil.data.augment import Augmentation as Augmentation
 from fastcil.data.load import load as load
 from fastcil.data.load import load_examples as load_examples
 from fastcil.data.places import resolve as resolve
+from fastcil.data.read import read_batch as read_batch
 from fastcil.data.read import read_images as read_images
 from fastcil.data.read import view_geometry as view_geometry
 from fastcil.data.store import Dataset as Dataset

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastcil.data import pixel_ops
-from fastcil.data.autoaugment import autoaugment
+from fastcil import ops
+from fastcil.data import autoaugment
+from fastcil.ops.pixel_ops import pixel_rows
 
 Crop = Literal["resized", "padded", "none"]
 Policy = Literal["none", "cifar", "imagenet"]
@@ -48,10 +49,10 @@ def _box(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
 class Augmentation:
     """How training and test images are cut out of the stored ones and changed.
 
-    The geometry (`draw`, `centre`, `whole`) is for `fastcil.ops.read`, which crops, resizes and
-    flips while it gathers a batch; `pixels` then works on that batch and `normalise` makes it the
-    network's input. Every random number comes from the CPU generator passed in: the same seed
-    gives the same bits.
+    The geometry (`draw`, `centre`, `whole`) and the `program` of what happens to the pixels are for
+    `fastcil.ops.read_batch`, which does it all as it gathers a batch, and normalises it. On a batch
+    of bytes `pixels` and `normalise` do the same to the last bit. Every random number comes from
+    the CPU generator passed in: the same seed gives the same bits.
 
     Attributes:
         size: Side of the training and test image in pixels.
@@ -62,6 +63,8 @@ class Augmentation:
         padding: Black pixels on each side for "padded".
         flip: Whether half the images are mirrored.
         brightness: b of a brightness factor drawn from [1 - b, 1 + b]; 0 leaves it out.
+        contrast: The same for the contrast, which is changed next.
+        saturation: The same for the saturation, which is changed last.
         policy: AutoAugment's policy (Cubuk et al. 2019), or "none".
         cutout: Side of Cutout's black square (DeVries & Taylor 2017), or 0.
         mean: Each channel's mean, of values from 0 to 1.
@@ -90,6 +93,8 @@ class Augmentation:
     padding: int = 4
     flip: bool = True
     brightness: float = 63 / 255
+    contrast: float = 0.0
+    saturation: float = 0.0
     policy: Policy = "none"
     cutout: int = 0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -109,8 +114,9 @@ class Augmentation:
             raise ValueError(
                 f"policy is {self.policy!r}; use one of {', '.join(get_args(Policy))}."
             )
-        if not _real(self.brightness) or not 0 <= self.brightness <= 1:
-            raise ValueError(f"brightness is {self.brightness!r}; pass a number from 0 to 1.")
+        for name in ("brightness", "contrast", "saturation"):
+            if not _real(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; pass a number from 0 to 1.")
         if not _real(self.test_ratio) or self.test_ratio < 1:
             raise ValueError(f"test_ratio is {self.test_ratio!r}; pass a number of at least 1.")
         for name in ("padding", "cutout"):
@@ -297,7 +303,7 @@ class Augmentation:
         return _box(zero, zero, height, width)
 
     def pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Changes a training batch's pixels: AutoAugment, then brightness, then Cutout.
+        """Changes a training batch's pixels: AutoAugment, jitter, then Cutout.
 
         Args:
             images: uint8 [B, 3, h, w]; not written to.
@@ -315,24 +321,49 @@ class Augmentation:
             >>> torch.equal(plain.pixels(images, torch.Generator()), images)
             True
         """
-        images = pixel_ops.pixel_rows(images).permute(0, 3, 1, 2)
+        images = pixel_rows(images).permute(0, 3, 1, 2)
         count, _, height, width = images.shape
+        return self._program(count, height, width, generator).run(images)
+
+    def program(self, count: int, generator: torch.Generator) -> ops.PixelProgram:
+        """Draws what `pixels` does to a batch, for `fastcil.ops.read_batch` to do as it reads.
+
+        Args:
+            count: Number of images, B, of side `size`.
+            generator: A CPU generator.
+
+        Returns:
+            The program, on the CPU.
+
+        Example:
+            >>> Augmentation.cifar(cutout=16).program(2, torch.Generator()).operations
+            tensor([[ 7, 11],
+                    [ 7, 11]], dtype=torch.int8)
+        """
+        return self._program(count, self.size, self.size, generator)
+
+    def _program(
+        self, count: int, height: int, width: int, generator: torch.Generator
+    ) -> ops.PixelProgram:
+        """AutoAugment, then brightness, contrast and saturation, then Cutout."""
+        program = ops.PixelProgram.empty(count)
         if self.policy != "none":
-            images = autoaugment(images, self.policy, generator)
-        if self.brightness > 0:
-            luck = torch.rand(count, generator=generator, dtype=torch.float64)
-            images = pixel_ops.brightness(images, 1 + self.brightness * (2 * luck - 1))
+            plan = autoaugment.draw(count, self.policy, generator)
+            program = program.then(plan.program(height, width))
+        jitter = {"brightness": self.brightness, "contrast": self.contrast}
+        for name, most in (jitter | {"colour": self.saturation}).items():
+            if most > 0:
+                luck = torch.rand(count, generator=generator, dtype=torch.float64)
+                program = program.then(ops.PixelProgram.of(name, 1 + most * (2 * luck - 1)))
         if self.cutout > 0:
             y = torch.randint(height, (count,), generator=generator)
             x = torch.randint(width, (count,), generator=generator)
-            images = pixel_ops.cutout(images, y, x, self.cutout)
-        return images
+            side = torch.full_like(y, self.cutout)
+            program = program.then(ops.PixelProgram.of("cutout", y, x, side))
+        return program
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Makes bytes the network's input: (v / 255 - mean) / std for each channel.
-
-        It is one multiply-add, v * (1 / (255 std)) - mean / std, in float32; a smaller dtype is
-        rounded to at the end only.
+        """Makes bytes the network's input: (v / 255 - mean) / std; see `fastcil.ops.normalise`.
 
         Args:
             images: uint8 [B, 3, h, w].
@@ -349,14 +380,4 @@ class Augmentation:
             >>> augmentation.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
             tensor([-1., -1., -1.])
         """
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype is {dtype}; use float32, bfloat16 or float16.")
-        rows = pixel_ops.pixel_rows(images)
-        count, height, width, _ = rows.shape
-        affine = [[1 / (255 * std) for std in self.std]]
-        affine.append([-mean / std for mean, std in zip(self.mean, self.std, strict=True)])
-        scale, shift = torch.tensor(affine).to(rows.device, non_blocking=True).unbind(0)
-        # Whole rows of pixels, and in place: on the CPU a new tensor costs more than the sum.
-        values = rows.float().view(count, height, width * 3)
-        torch.addcmul(shift.repeat(width), values, scale.repeat(width), out=values)
-        return values.view_as(rows).to(dtype).permute(0, 3, 1, 2)
+        return ops.normalise(images, self.mean, self.std, dtype)

@@ -1,4 +1,4 @@
-"""AutoAugment's two policies and how a batch goes through them (Cubuk et al. 2019).
+"""AutoAugment's two policies and what they do to a batch (Cubuk et al. 2019).
 
 A policy is 25 sub-policies of two steps; each image draws one sub-policy, and each of its steps
 is taken with the step's probability.
@@ -6,7 +6,6 @@ is taken with the step's probability.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -14,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastcil.data import pixel_ops
+from fastcil.ops import PixelProgram
+from fastcil.ops.pixel_ops import rotation
+from fastcil.ops.pixel_program import AMOUNTS, FILL, OPERATIONS
 
 Step = tuple[str, float, int]
 """Operation, probability, magnitude level from 0 to 9."""
@@ -79,18 +80,16 @@ POLICIES = {"cifar": CIFAR, "imagenet": IMAGENET}
 
 
 @dataclass(frozen=True)
-class Operation:
-    """How an operation is run, and the range of its magnitude.
+class Range:
+    """The range of an operation's magnitude.
 
     Attributes:
-        run: Takes images, magnitudes [B] and the fill colour.
         first: Magnitude at level 0.
         last: Magnitude at level 9; the levels between are evenly spaced.
         signed: Whether a coin decides if the distance from `first` is added or taken away.
         whole: Whether the magnitude is rounded to a whole number.
     """
 
-    run: Callable[[Tensor, Tensor, pixel_ops.Colour], Tensor]
     first: float = 0.0
     last: float = 0.0
     signed: bool = False
@@ -103,7 +102,7 @@ class Operation:
             level: From 0 to 9.
 
         Example:
-            >>> OPERATIONS["rotate"].magnitude(9), OPERATIONS["solarize"].magnitude(9)
+            >>> RANGES["rotate"].magnitude(9), RANGES["solarize"].magnitude(9)
             ((0.0, 30.0), (0.0, 0.0))
         """
         way = (self.last - self.first) * level / 9
@@ -112,47 +111,31 @@ class Operation:
         return float(round(self.first + way)) if self.whole else self.first + way, 0.0
 
 
-def _plain(change: Callable[[Tensor], Tensor]) -> Operation:
-    """An operation without a magnitude."""
-    return Operation(lambda images, m, fill: change(images))
-
-
-def _levels(
-    change: Callable[[Tensor, Tensor], Tensor], first: float, last: float, **kind: bool
-) -> Operation:
-    """An operation that brings nothing in from outside the image."""
-    return Operation(lambda images, m, fill: change(images, m), first, last, **kind)
-
-
-def _shift_x(images: Tensor, share: Tensor, fill: pixel_ops.Colour) -> Tensor:
-    """Translates by a share of the width."""
-    return pixel_ops.translate_x(images, share * images.shape[3], fill)
-
-
-def _shift_y(images: Tensor, share: Tensor, fill: pixel_ops.Colour) -> Tensor:
-    """Translates by a share of the height."""
-    return pixel_ops.translate_y(images, share * images.shape[2], fill)
-
-
 # The ranges are those of Cubuk et al. 2019; its translation by up to 150 pixels was meant for
 # images of side 331, and is that share of the side here, as in the released policies.
-OPERATIONS = {
-    "shear_x": Operation(pixel_ops.shear_x, 0.0, 0.3, signed=True),
-    "shear_y": Operation(pixel_ops.shear_y, 0.0, 0.3, signed=True),
-    "translate_x": Operation(_shift_x, 0.0, 150 / 331, signed=True),
-    "translate_y": Operation(_shift_y, 0.0, 150 / 331, signed=True),
-    "rotate": Operation(pixel_ops.rotate, 0.0, 30.0, signed=True),
-    "autocontrast": _plain(pixel_ops.autocontrast),
-    "invert": _plain(pixel_ops.invert),
-    "equalize": _plain(pixel_ops.equalize),
-    "solarize": _levels(pixel_ops.solarize, 256.0, 0.0),
-    "posterize": _levels(pixel_ops.posterize, 8.0, 4.0, whole=True),
-    "contrast": _levels(pixel_ops.contrast, 1.0, 1.9, signed=True),
-    "colour": _levels(pixel_ops.colour, 1.0, 1.9, signed=True),
-    "brightness": _levels(pixel_ops.brightness, 1.0, 1.9, signed=True),
-    "sharpness": _levels(pixel_ops.sharpness, 1.0, 1.9, signed=True),
+RANGES = {
+    "shear_x": Range(0.0, 0.3, signed=True),
+    "shear_y": Range(0.0, 0.3, signed=True),
+    "translate_x": Range(0.0, 150 / 331, signed=True),
+    "translate_y": Range(0.0, 150 / 331, signed=True),
+    "rotate": Range(0.0, 30.0, signed=True),
+    "autocontrast": Range(),
+    "invert": Range(),
+    "equalize": Range(),
+    "solarize": Range(256.0, 0.0),
+    "posterize": Range(8.0, 4.0, whole=True),
+    "contrast": Range(1.0, 1.9, signed=True),
+    "colour": Range(1.0, 1.9, signed=True),
+    "brightness": Range(1.0, 1.9, signed=True),
+    "sharpness": Range(1.0, 1.9, signed=True),
 }
-_NAMES = tuple(OPERATIONS)
+_NAMES = tuple(RANGES)
+_GEOMETRIC = 5  # the first of them, all affine
+# The program's number for each, and for a step not taken.
+_NUMBERS = torch.tensor(
+    [OPERATIONS.get(name, OPERATIONS["affine"]) for name in _NAMES] + [OPERATIONS["none"]],
+    dtype=torch.int8,
+)
 
 
 @dataclass(frozen=True)
@@ -160,13 +143,46 @@ class Plan:
     """What each image of a batch goes through: `draw`'s result, on the CPU.
 
     Attributes:
-        operations: int64 [B, 2], a place in `OPERATIONS` for each of the two steps, or
-            len(OPERATIONS) where the step is not taken.
+        operations: int64 [B, 2], a place in `RANGES` for each of the two steps, or len(RANGES)
+            where the step is not taken.
         magnitudes: float64 [B, 2].
     """
 
     operations: Tensor
     magnitudes: Tensor
+
+    def program(
+        self, height: int, width: int, fill: tuple[int, int, int] = (128, 128, 128)
+    ) -> PixelProgram:
+        """The plan for images of one size, in numbers that `fastcil.ops.read_batch` takes.
+
+        Args:
+            height: Height of the images.
+            width: Width of the images.
+            fill: Colour of what a geometric operation brings in from outside.
+
+        Returns:
+            A program of two steps.
+
+        Example:
+            >>> invert = torch.tensor([[list(RANGES).index("invert"), len(RANGES)]])
+            >>> Plan(invert, torch.zeros(1, 2)).program(32, 32).operations
+            tensor([[4, 0]], dtype=torch.int8)
+        """
+        which = torch.arange(_GEOMETRIC) == self.operations[..., None]  # [B, 2, 5]
+        shares = torch.where(which, self.magnitudes[..., None], 0.0)
+        shear_x, shear_y, right, down, degrees = shares.unbind(-1)
+        # Pillow takes floor(x + 0.5 + shift) in double precision here, not in fixed point.
+        right, down = (right * width + 0.5).floor(), (down * height + 0.5).floor()
+        zero = torch.zeros_like(right)
+        affine = rotation(degrees, height, width)  # [B, 2, 6]
+        affine = affine + torch.stack([zero, shear_x, right, shear_y, zero, down], -1)
+        amounts = torch.zeros((*self.operations.shape, AMOUNTS), dtype=torch.float64)
+        amounts[..., 0] = self.magnitudes
+        geometric = which.any(-1, keepdim=True)
+        amounts[..., :FILL] = torch.where(geometric, affine, amounts[..., :FILL])
+        amounts[..., FILL:] = torch.tensor(fill, dtype=torch.float64)
+        return PixelProgram(_NUMBERS[self.operations], amounts)
 
 
 @cache
@@ -175,7 +191,7 @@ def _tables(policy: str) -> tuple[Tensor, Tensor, Tensor]:
     table = POLICIES[policy]
     names = torch.tensor([[_NAMES.index(name) for name, _, _ in pair] for pair in table])
     chances = torch.tensor([[chance for _, chance, _ in pair] for pair in table])
-    ranges = [[OPERATIONS[name].magnitude(level) for name, _, level in pair] for pair in table]
+    ranges = [[RANGES[name].magnitude(level) for name, _, level in pair] for pair in table]
     return names, chances, torch.tensor(ranges, dtype=torch.float64)
 
 
@@ -206,77 +222,3 @@ def draw(count: int, policy: Literal["cifar", "imagenet"], generator: torch.Gene
     operations = names[which].masked_fill_(~taken, len(_NAMES))
     middle, swing = ranges[which].unbind(2)
     return Plan(operations, middle + sign * swing)
-
-
-def apply(images: Tensor, plan: Plan, fill: pixel_ops.Colour = pixel_ops.GREY) -> Tensor:
-    """Takes a batch through a plan: each operation runs once per step, on the images that have it.
-
-    The images are sorted by operation, so that each operation sees one stretch of memory; the
-    order is worked out on the CPU, where the plan lies, and nothing waits for the device.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        plan: What `draw` gave for B images.
-        fill: Colour of what a geometric operation brings in from outside.
-
-    Returns:
-        uint8 [B, 3, H, W], channels_last.
-
-    Raises:
-        ValueError: If images are not uint8 [B, 3, H, W] or the plan is for another number.
-
-    Example:
-        >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-        >>> invert = torch.full((2, 2), list(OPERATIONS).index("invert"))
-        >>> torch.equal(apply(images, Plan(invert, torch.zeros(2, 2))), images)
-        True
-    """
-    pixels = pixel_ops.pixel_rows(images)
-    count = len(pixels)
-    if plan.operations.shape != (count, 2):
-        raise ValueError(f"plan is for {len(plan.operations)} images; draw one for {count}.")
-    place = torch.arange(count)  # where each image lies now
-    for step in range(2):
-        operations, order = plan.operations[:, step].sort(stable=True)
-        sizes = operations.bincount(minlength=len(_NAMES) + 1).tolist()
-        magnitudes = plan.magnitudes[order, step].to(images.device, non_blocking=True)
-        pixels = pixels.index_select(0, place[order].to(images.device, non_blocking=True))
-        *parts, untouched = pixels.split(sizes)
-        *amounts, _ = magnitudes.split(sizes)
-        done = [
-            OPERATIONS[name].run(part.permute(0, 3, 1, 2), amount, fill).permute(0, 2, 3, 1)
-            for name, part, amount in zip(_NAMES, parts, amounts, strict=True)
-            if len(part)
-        ]
-        pixels = torch.cat([*done, untouched])
-        place = order.argsort()
-    pixels = pixels.index_select(0, place.to(images.device, non_blocking=True))
-    return pixels.permute(0, 3, 1, 2)
-
-
-def autoaugment(
-    images: Tensor,
-    policy: Literal["cifar", "imagenet"],
-    generator: torch.Generator,
-    fill: pixel_ops.Colour = pixel_ops.GREY,
-) -> Tensor:
-    """AutoAugment (Cubuk et al. 2019): `draw` a plan for the batch and `apply` it.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        policy: Which of its two policies.
-        generator: A CPU generator; all draws come from it.
-        fill: Colour of what a geometric operation brings in from outside.
-
-    Returns:
-        uint8 [B, 3, H, W], channels_last.
-
-    Raises:
-        ValueError: If the policy is unknown or images are not uint8 [B, 3, H, W].
-
-    Example:
-        >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-        >>> autoaugment(images, "imagenet", torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 3, 8, 8])
-    """
-    return apply(images, draw(images.shape[0], policy, generator), fill)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcil import ops
+from fastcil.data.augment import Augmentation
 from fastcil.data.store import ImageStore
 from fastcil.errors import FastcilError
 
@@ -46,6 +48,74 @@ def read_images(
         >>> read_images([store], torch.zeros(1, dtype=torch.int64), torch.tensor([1]), (4, 4)).shape
         torch.Size([1, 3, 4, 4])
     """
+    sources = _gather(stores, which, index, crops, flips, views)
+    return ops.read(size=size, antialias=antialias, **sources)
+
+
+def read_batch(
+    stores: Sequence[ImageStore],
+    which: Tensor,
+    index: Tensor,
+    augmentation: Augmentation,
+    crops: Tensor | None = None,
+    flips: Tensor | None = None,
+    views: Tensor | None = None,
+    program: ops.PixelProgram | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Reads a batch as the network takes it: cut, changed and normalised in one operation.
+
+    Args:
+        stores: Where the images are, raw or packed, all on one device.
+        which: int64 [B], the store of each image.
+        index: int64 [B], its position there.
+        augmentation: Gives size, antialiasing, mean and standard deviation.
+        crops: float32 [B, 4], see `fastcil.ops.read`; from `Augmentation.draw` or `centre`.
+        flips: bool [B], which to mirror.
+        views: int16 [B, 6], simulated compression, see `view_geometry`.
+        program: What happens to the pixels of each image; from `Augmentation.program`.
+        device: Where the batch is wanted; None is where the stores are. Bytes are moved between
+            devices, and normalised where they are wanted.
+
+    Returns:
+        float32 [B, 3, size, size] in channels_last memory.
+
+    Raises:
+        FastcilError: No store, or not one position per image.
+        IndexError: A store has no image at one of the positions.
+
+    Example:
+        >>> store = ImageStore.from_batch(torch.full((2, 8, 8, 3), 7, dtype=torch.uint8))
+        >>> one = torch.ones(1, dtype=torch.int64)
+        >>> read_batch([store], one - 1, one, Augmentation.cifar(4)).shape
+        torch.Size([1, 3, 4, 4])
+    """
+    sources = _gather(stores, which, index, crops, flips, views)
+    home = sources["geometry"].device
+    wanted = home if device is None else device
+    moves = wanted.type != home.type
+    images = ops.read_batch(
+        size=(augmentation.size, augmentation.size),
+        mean=augmentation.mean,
+        std=augmentation.std,
+        antialias=augmentation.antialias,
+        program=program,
+        dtype=torch.uint8 if moves else torch.float32,
+        **sources,
+    )
+    images = images.to(wanted, non_blocking=True)
+    return augmentation.normalise(images) if moves else images
+
+
+def _gather(
+    stores: Sequence[ImageStore],
+    which: Tensor,
+    index: Tensor,
+    crops: Tensor | None,
+    flips: Tensor | None,
+    views: Tensor | None,
+) -> dict[str, Any]:
+    """What `fastcil.ops.read` and `read_batch` both take, on the stores' device."""
     if not stores:
         raise FastcilError("stores is empty; pass at least one ImageStore.")
     if which.shape != index.shape:
@@ -65,17 +135,15 @@ def read_images(
         rows = torch.where(mine, index, 0)
         offsets = torch.where(mine, store.offsets[rows], offsets)
         geometry = torch.where(mine[:, None], store.geometry[rows], geometry)
-    return ops.read(
-        [store.pixels for store in stores],
-        which,
-        offsets,
-        geometry,
-        size,
-        crops=None if crops is None else crops.to(device),
-        flips=None if flips is None else flips.to(device),
-        views=None if views is None else views.to(device),
-        antialias=antialias,
-    )
+    return {
+        "arenas": [store.pixels for store in stores],
+        "arena": which,
+        "offsets": offsets,
+        "geometry": geometry,
+        "crops": None if crops is None else crops.to(device),
+        "flips": None if flips is None else flips.to(device),
+        "views": None if views is None else views.to(device),
+    }
 
 
 def view_geometry(sizes: Tensor, boxes: Tensor, ratio: float = 4.0) -> Tensor:

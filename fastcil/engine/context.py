@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcil.contract import Look
-from fastcil.data import Augmentation, Examples, read_images
+from fastcil.data import Augmentation, Examples, read_batch
 
 
 class EngineContext:
@@ -86,14 +86,12 @@ class EngineContext:
 
     def _read(self, examples: Examples, index: Tensor, crops: Tensor, flip: bool) -> Tensor:
         """Normalised images, uncut by chance."""
-        side = self.augmentation.size
-        pixels = read_images(
+        return read_batch(
             [examples.images],
             torch.zeros_like(index),
             index,
-            (side, side),
+            self.augmentation,
             crops=crops,
             flips=torch.full((len(index),), flip),
-            antialias=self.augmentation.antialias,
+            device=self.device,
         )
-        return self.augmentation.normalise(pixels.to(self.device))

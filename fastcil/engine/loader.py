@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcil.contract import Batch, Stream
-from fastcil.data import Augmentation, read_images, view_geometry
+from fastcil.data import Augmentation, read_batch, view_geometry
 from fastcil.engine.seeds import generator
 
 _ORDER, _PIXELS = 0, 1
@@ -118,20 +118,21 @@ class _StreamReader:
         draws = generator(*self.key, _PIXELS, epoch, step)
         sizes = self.sizes[positions]
         crops, flips = self.augmentation.draw(sizes, draws)
-        side = self.augmentation.size
-        pixels = read_images(
+        # The order in which they draw decides the run.
+        views = self._views(part, index, sizes, draws)
+        images = read_batch(
             self.stores,
             part,
             index,
-            (side, side),
+            self.augmentation,
             crops=crops,
             flips=flips,
-            views=self._views(part, index, sizes, draws),
-            antialias=self.augmentation.antialias,
+            views=views,
+            program=self.augmentation.program(len(index), draws),
+            device=self.device,
         )
-        pixels = self.augmentation.pixels(pixels, draws)
         return Batch(
-            self.augmentation.normalise(pixels.to(self.device, non_blocking=True)),
+            images,
             self.labels[positions.to(self.device)],
             part.to(self.device),
             index.to(self.device),

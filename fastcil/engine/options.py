@@ -47,6 +47,8 @@ class AugmentOptions:
         padding: Margin of ``padded``.
         flip: Whether to mirror half of the images.
         brightness: Brightness jitter, +- this share.
+        contrast: Contrast jitter, likewise.
+        saturation: Saturation jitter, likewise.
         policy: AutoAugment policy (Cubuk et al. 2019); ``auto`` where the method's published
             recipe has it.
         cutout: Side of Cutout's square, 0 for none; None follows the method's published recipe.
@@ -59,6 +61,8 @@ class AugmentOptions:
     padding: int = 4
     flip: bool = True
     brightness: float = 63 / 255
+    contrast: float = 0.0
+    saturation: float = 0.0
     policy: Literal["auto", "none", "cifar", "imagenet"] = "auto"
     cutout: int | None = None
     antialias: bool = True

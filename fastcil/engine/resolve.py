@@ -88,6 +88,8 @@ def make_augmentation(
             padding=options.padding,
             flip=options.flip,
             brightness=options.brightness,
+            contrast=options.contrast,
+            saturation=options.saturation,
             policy=policy,
             cutout=cutout,
             antialias=options.antialias,

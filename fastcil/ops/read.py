@@ -227,9 +227,34 @@ def read(
         tensor([[3, 0],
                 [9, 0]], dtype=torch.uint8)
     """
-    batch = _check(arenas, arena, offsets, geometry)
+    check_images_to_read(arenas, arena, offsets, geometry, size, crops, flips, views)
     height, width = size
-    if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
+    out: Tensor = torch.ops.fastcil.read(
+        list(arenas), arena, offsets, geometry, height, width, crops, flips, views, antialias
+    )
+    return out
+
+
+def check_images_to_read(
+    arenas: Sequence[Tensor],
+    arena: Tensor,
+    offsets: Tensor,
+    geometry: Tensor,
+    size: tuple[int, int],
+    crops: Tensor | None,
+    flips: Tensor | None,
+    views: Tensor | None,
+) -> int:
+    """Refuse what cannot be read by dtype and shape alone; the batch size."""
+    if isinstance(arenas, Tensor) or not len(arenas):
+        raise TypeError("arenas must be a sequence of at least one uint8 tensor")
+    for k, pixels in enumerate(arenas):
+        check_tensor(f"arenas[{k}]", pixels, torch.uint8, (None,))
+    check_tensor("offsets", offsets, torch.int64, (None,))
+    batch = offsets.shape[0]
+    check_tensor("arena", arena, torch.int64, (batch,))
+    check_tensor("geometry", geometry, torch.int16, (batch, 8))
+    if not all(1 <= side <= LARGEST_SIDE for side in size):
         raise FastcilError(
             f"size is {tuple(size)}; both sides must lie between 1 and {LARGEST_SIDE}"
         )
@@ -239,20 +264,4 @@ def read(
         check_tensor("flips", flips, torch.bool, (batch,))
     if views is not None:
         check_tensor("views", views, torch.int16, (batch, 6))
-    out: Tensor = torch.ops.fastcil.read(
-        list(arenas), arena, offsets, geometry, height, width, crops, flips, views, antialias
-    )
-    return out
-
-
-def _check(arenas: Sequence[Tensor], arena: Tensor, offsets: Tensor, geometry: Tensor) -> int:
-    """Refuse what cannot be images by dtype and shape alone; the batch size."""
-    if isinstance(arenas, Tensor) or not len(arenas):
-        raise TypeError("arenas must be a sequence of at least one uint8 tensor")
-    for k, pixels in enumerate(arenas):
-        check_tensor(f"arenas[{k}]", pixels, torch.uint8, (None,))
-    check_tensor("offsets", offsets, torch.int64, (None,))
-    batch = offsets.shape[0]
-    check_tensor("arena", arena, torch.int64, (batch,))
-    check_tensor("geometry", geometry, torch.int16, (batch, 8))
     return batch

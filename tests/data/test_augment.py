@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastcil.data import pixel_ops
 from fastcil.data.augment import Augmentation
-from fastcil.data.autoaugment import autoaugment
+from fastcil.data.autoaugment import draw
+from fastcil.ops import pixel_ops
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -189,14 +189,44 @@ def test_policy_then_brightness_then_cutout() -> None:
     generator = seeded(12)
     got = augmentation.pixels(images, generator)
     again = seeded(12)
-    expected = autoaugment(images, "cifar", again)
+    expected = draw(32, "cifar", again).program(16, 16).run(images)
     factor = 0.75 + 0.5 * torch.rand(32, generator=again, dtype=torch.float64)
     expected = pixel_ops.brightness(expected, factor)
     y, x = (torch.randint(16, (32,), generator=again) for _ in range(2))
-    expected = pixel_ops.cutout(expected, y, x, 8)
+    black = torch.zeros(32, 3, dtype=torch.uint8)
+    expected = pixel_ops.cutout(expected, y, x, torch.full_like(y, 8), black)
     assert torch.equal(got, expected)
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(generator.get_state(), again.get_state())
+
+
+def test_brightness_then_contrast_then_saturation() -> None:
+    images = torch.randint(0, 256, (20, 3, 7, 9), generator=seeded(11), dtype=torch.uint8)
+    generator = seeded(12)
+    got = Augmentation(7, brightness=0.25, contrast=0.5, saturation=1.0).pixels(images, generator)
+    again, expected = seeded(12), images
+    changes = ((pixel_ops.brightness, 0.25), (pixel_ops.contrast, 0.5), (pixel_ops.colour, 1.0))
+    for change, most in changes:
+        luck = torch.rand(20, generator=again, dtype=torch.float64)
+        expected = change(expected, 1 + most * (2 * luck - 1))
+    assert torch.equal(got, expected)
+    assert torch.equal(generator.get_state(), again.get_state())
+
+
+@pytest.mark.parametrize("name", ["contrast", "saturation"])
+def test_a_jitter_alone(name: str) -> None:
+    images = torch.randint(0, 256, (8, 3, 5, 5), generator=seeded(1), dtype=torch.uint8)
+    got = Augmentation(5, brightness=0.0, **{name: 0.5}).pixels(images, seeded(2))
+    factor = 0.5 + torch.rand(8, generator=seeded(2), dtype=torch.float64)
+    change = pixel_ops.contrast if name == "contrast" else pixel_ops.colour
+    assert torch.equal(got, change(images, factor))
+
+
+def test_a_program_is_what_pixels_does() -> None:
+    augmentation = Augmentation(12, policy="imagenet", cutout=5, contrast=0.3, saturation=0.3)
+    images = torch.randint(0, 256, (40, 3, 12, 12), generator=seeded(3), dtype=torch.uint8)
+    program = augmentation.program(40, seeded(4))
+    assert torch.equal(program.run(images), augmentation.pixels(images, seeded(4)))
 
 
 @pytest.mark.parametrize("crop", ["resized", "padded", "none"])
@@ -287,6 +317,8 @@ def test_presets() -> None:
         ("brightness", -0.1),
         ("brightness", 1.5),
         ("brightness", "high"),
+        ("contrast", -0.1),
+        ("saturation", 1.5),
         ("policy", "svhn"),
         ("cutout", -2),
         ("mean", (0.5, 0.5)),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastcil import ops
-from fastcil.data import ImageStore, read_images, view_geometry
+from fastcil.data import Augmentation, ImageStore, read_batch, read_images, view_geometry
 from fastcil.errors import FastcilError
 
 
@@ -58,10 +58,48 @@ def test_reads_an_empty_batch(stores):
     assert read_images(stores, none, none, (4, 4)).shape == (0, 3, 4, 4)
 
 
+@pytest.mark.parametrize("policy", ["none", "cifar", "imagenet"])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_a_batch_is_read_changed_and_normalised(stores, policy, antialias):
+    augmentation = Augmentation(
+        14, policy=policy, cutout=5, contrast=0.2, saturation=0.4, antialias=antialias
+    )
+    which, index = torch.arange(40) % 2, torch.arange(40) % 4
+    sizes = stores[0].sizes[index]
+    crops, flips = augmentation.draw(sizes, torch.Generator().manual_seed(0))
+    views = view_geometry(sizes, stores[1].boxes[index]) * (which[:, None] == 0)
+    program = augmentation.program(40, torch.Generator().manual_seed(1))
+    got = read_batch(stores, which, index, augmentation, crops, flips, views.short(), program)
+    pixels = read_images(
+        stores, which, index, (14, 14), crops, flips, views.short(), antialias=antialias
+    )
+    pixels = augmentation.pixels(pixels, torch.Generator().manual_seed(1))
+    assert torch.equal(got, augmentation.normalise(pixels))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_batch_for_another_device_moves_as_bytes(stores, monkeypatch):
+    dtypes = []
+
+    def read(dtype, **given):
+        dtypes.append(dtype)
+        return torch.zeros(1, 3, 2, 2)
+
+    monkeypatch.setattr(ops, "read_batch", read)
+    monkeypatch.setattr(Augmentation, "normalise", lambda self, images: images + 1)
+    zero = torch.zeros(1, dtype=torch.int64)
+    here = read_batch(stores, zero, zero, Augmentation(2), device=torch.device("cpu"))
+    there = read_batch(stores, zero, zero, Augmentation(2), device=torch.device("meta"))
+    assert dtypes == [torch.float32, torch.uint8]
+    assert not here.is_meta and not here.any() and there.is_meta
+
+
 def test_says_what_is_wrong(stores):
     zero, two = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(FastcilError, match="stores is empty"):
         read_images([], zero, zero, (4, 4))
+    with pytest.raises(FastcilError, match="stores is empty"):
+        read_batch([], zero, zero, Augmentation(4))
     with pytest.raises(FastcilError, match="which has shape"):
         read_images(stores, zero, two, (4, 4))
     with pytest.raises(IndexError):
