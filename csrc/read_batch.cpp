@@ -1,13 +1,8 @@
 // fastcil::read_batch on the CPU: each image is read, changed and finished while it is in cache.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
+#include "batch_memory.h"
 #include "canvas.h"
 #include "reader.h"
 
@@ -58,19 +53,6 @@ struct Program {
   }
 };
 
-// A large batch is memory that no one has touched yet, and to be given it in pages of 4 KiB takes
-// longer than to read the images: asks for pages of 2 MiB, as numpy does for its arrays.
-void ask_for_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] size_t nbytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kWorthIt = size_t{1} << 22;
-  if (nbytes < kWorthIt) return;
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto first = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t from = (first + page - 1) / page * page, to = (first + nbytes) / page * page;
-  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#endif
-}
-
 template <typename T>
 void read_images(const Sources& sources, const std::vector<Program>& programs, bool antialias,
                  int64_t height, int64_t width, const Finish& plain, T* out) {
@@ -120,9 +102,7 @@ at::Tensor read_batch_cpu(at::TensorList arenas, const at::Tensor& arena,
                    numbers.const_data_ptr<double>() + kAmounts * steps * i, steps};
     programs[i].check(i);
   }
-  at::Tensor out = at::empty({batch, 3, height, width}, geometry.options().dtype(dtype),
-                             at::MemoryFormat::ChannelsLast);
-  ask_for_large_pages(out.mutable_data_ptr(), out.nbytes());
+  const at::Tensor out = empty_batch(batch, height, width, dtype);
   const Finish finish(mean.data(), std.data());
   const auto read = [&](auto sample) {
     using T = decltype(sample);

@@ -140,6 +140,9 @@ def read_batch(
     of pixel operations, and is normalised: out = (v / 255 - mean) / std for each channel, as by
     `normalise`. The result is the same to the last bit, whatever the number of threads.
 
+    On the CPU a batch of 4 MiB or more that nothing refers to any longer leaves its memory to the
+    next one; what two batches take is held for as long as the process lives.
+
     Args:
         arenas: the pixel buffers, each uint8 [P_k].
         arena: which buffer each image is in, int64 [B].
