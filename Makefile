@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 JOBS ?= 2
 MARKERS ?= not slow and not gpu
+PEERS := rational-activations==0.2.0 seaborn pandas nvidia-dali-cuda120 optree makefun
 # Room for two raw exemplars of each class, and a twentieth of FOSTER's epochs without its
 # AutoAugment, which so short a run has no time to learn through: minutes on two cores.
 DEMO_ARGS ?= --methods foster,foster+cim --data scenes:classes=12 --scenario lfs-3 \
@@ -23,12 +24,14 @@ ifneq ($(findstring /,$(PY)),)
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 endif
 
-.PHONY: help demo test lint clean extension
+.PHONY: help demo test lint bench bench-peers clean extension
 
 help:
 	@echo "make demo     compare FOSTER with FOSTER+CIM and write the report to demo/"
 	@echo "make test     lint, type-check and test; MARKERS=gpu picks other tests"
 	@echo "make lint     ruff, mypy and import-linter alone"
+	@echo "make bench    time the ops; figures go to benchmarks/results and into README.md"
+	@echo "make bench-peers   the same, after the packages they are compared with are installed"
 	@echo "make clean    remove what make made, except the demo's report"
 	@echo
 	@echo "Each first sets up what it needs, in .venv, from python3 or the PYTHON= you name."
@@ -39,7 +42,7 @@ demo: $(READY)
 	$(PY) -m fastcil compare $(DEMO_ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest fastcil tests -m "$(MARKERS)" --durations=10 \
+	OMP_NUM_THREADS=1 $(PY) -m pytest fastcil tests benchmarks -m "$(MARKERS)" --durations=10 \
 	  $(call plugin,xdist,-n $(JOBS)) $(call plugin,pytest_benchmark,--benchmark-disable)
 
 lint: $(READY)
@@ -47,6 +50,16 @@ lint: $(READY)
 	$(call tool,ruff,format --check .)
 	$(call tool,mypy)
 	$(call tool,lint-imports,--no-logo)
+
+# BENCH_ARGS='--only pade' times some of them.
+bench: $(READY)
+	THP_MEM_ALLOC_ENABLE=1 $(PY) benchmarks/run.py time $(BENCH_ARGS)
+	$(PY) benchmarks/run.py table
+
+# Without what they ask for: one pins a torch of 2020, the other brings what is not used here.
+bench-peers: $(READY)
+	$(PIP) --no-deps $(PEERS)
+	$(MAKE) bench
 
 clean:
 	rm -rf .venv build dist fastcil.egg-info fastcil/_C*.so

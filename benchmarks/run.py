@@ -1,0 +1,197 @@
+"""Times every op beside its peers, keeps the figures, and writes them into the README.
+
+python benchmarks/run.py time [--only pade,read_batch] [--rounds 21]   # -> results/DEVICE.json
+python benchmarks/run.py table                                         # -> README.md
+
+The ways of a case are timed in turn, round after round, in one process: what slows the machine down
+meets all of them. THP_MEM_ALLOC_ENABLE=1, which make sets, spares all of them most page faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import bench_cam_boxes
+import bench_herding
+import bench_pade
+import bench_read
+import bench_reconstruct
+import bench_soft_compose
+import torch
+from op_case import OURS, OpCase, threads
+
+from fastcil.engine.environment import environment
+from fastcil.engine.state import write_atomically
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MODULES = (
+    bench_pade,
+    bench_cam_boxes,
+    bench_soft_compose,
+    bench_read,
+    bench_reconstruct,
+    bench_herding,
+)
+CASES: tuple[OpCase, ...] = tuple(case for module in MODULES for case in module.CASES)
+PEERS = (
+    "opencv-python-headless",
+    "pillow",
+    "rational-activations",
+    "nvidia-dali-cuda120",
+    "torchvision",
+)
+FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "device")
+MARKS = ("<!-- ops -->", "<!-- /ops -->")
+
+
+def measure(case: OpCase, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each way that can be had, the least and the median of so many rounds."""
+    with threads(case.threads):
+        made = {way: case.make(way, True) for way in case.ways}
+        steps = {way: step for way, step in made.items() if step is not None}
+        taken: dict[str, list[float]] = {way: [] for way in steps}
+        for step in steps.values():
+            step()
+        gc.collect()
+        gc.disable()
+        for _ in range(rounds):
+            for way, step in steps.items():
+                start = time.perf_counter()
+                step()
+                taken[way].append((time.perf_counter() - start) * 1e3)
+        gc.enable()
+    return {
+        "op": case.op,
+        "name": case.name,
+        "threads": case.threads,
+        "aims": dict(case.aims),
+        "ways": {
+            way: {"min": round(min(ms), 4), "median": round(statistics.median(ms), 4)}
+            for way, ms in taken.items()
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_of(facts: dict[str, Any]) -> Path:
+    """Where the figures of this device are kept."""
+    name = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def keep(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Writes figures; those of other cases that one commit has given stay."""
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old["environment"] == facts:
+            fresh = {(row["op"], row["name"]) for row in rows}
+            rows = [r for r in old["cases"] if (r["op"], r["name"]) not in fresh] + rows
+    order = [(case.op, case.name) for case in CASES]
+    rows.sort(key=lambda row: order.index((row["op"], row["name"])))
+    content = {"command": "make bench", "environment": facts, "cases": rows}
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def table(content: dict[str, Any]) -> str:
+    """The Markdown table of kept figures, and a line that says where they come from."""
+    lines = [
+        "| op | on | ms (median) | others, in times of ours by their least (by their medians) |",
+        "|---|---|---:|---|",
+    ]
+    for row in content["cases"]:
+        ours = row["ways"][OURS]
+        others = ", ".join(
+            f"{way} {ms['min'] / ours['min']:.2g} ({ms['median'] / ours['median']:.2g})"
+            for way, ms in row["ways"].items()
+            if way != OURS
+        )
+        cells = [f"`{row['op']}`", row["name"], f"{ours['min']:.3g} ({ours['median']:.3g})", others]
+        lines.append("| " + " | ".join(cells) + " |")
+    facts = content["environment"]
+    peers = ", ".join(f"{name} {version}" for name, version in facts["peers"].items())
+    where = (
+        f"`{content['command']}`; {facts['rounds']} rounds, {facts['processor']}, torch "
+        f"{facts['torch']}, {peers}, Python {facts['python']}, commit {facts['commit']}; reading "
+        "and reconstruction on one thread, all else on two."
+    )
+    return "\n".join([*lines, "", where])
+
+
+def missed(row: dict[str, Any]) -> list[str]:
+    """The aims that a row does not reach, by the least times."""
+    ways = row["ways"]
+    ratios = {way: ways[way]["min"] / ways[OURS]["min"] for way in row["aims"] if way in ways}
+    return [
+        f"{row['op']}, {row['name']}: {way} takes {ratio:.2f} times as long, aim {row['aims'][way]}"
+        for way, ratio in ratios.items()
+        if ratio < row["aims"][way]
+    ]
+
+
+def with_table(readme: str) -> str:
+    """The README with the kept figures between its marks brought up."""
+    start, end = MARKS
+    if start not in readme or end not in readme:
+        raise SystemExit(f"README.md has no place for the figures: add {start} and {end}.")
+    files = sorted(RESULTS.glob("*.json"))
+    made = "\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in files)
+    place = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    return place.sub(lambda _: f"{start}\n{made}\n{end}", readme)
+
+
+def main() -> None:
+    """Runs one of the two commands."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    timer = commands.add_parser("time", help="time the ops and keep the figures")
+    timer.add_argument("--only", default="", help="ops to time, separated by commas")
+    timer.add_argument("--rounds", type=int, default=21)
+    commands.add_parser("table", help="write the kept figures into README.md")
+    arguments = parser.parse_args()
+    if arguments.command == "time":
+        only = set(filter(None, arguments.only.split(",")))
+        if unknown := only - {case.op for case in CASES}:
+            raise SystemExit(f"--only names {', '.join(sorted(unknown))}, which is not timed here.")
+        facts = {name: value for name, value in environment("cpu").items() if name in FACTS}
+        facts |= {"rounds": arguments.rounds, "peers": versions()}
+        facts["large_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+        path = file_of(facts)
+        for case in CASES:
+            if only and case.op not in only:
+                continue
+            row = measure(case, arguments.rounds)
+            keep(path, [row], facts)
+            print(case, *(f"  {way}: {ms}" for way, ms in row["ways"].items()), sep="\n")
+            for line in missed(row):
+                print(f"  MISSED: {line}")
+            torch.compiler.reset()
+        print(path)
+    else:
+        readme = ROOT / "README.md"
+        text = with_table(readme.read_text(encoding="utf-8"))
+        write_atomically(readme, text.encode())
+
+
+if __name__ == "__main__":
+    main()
