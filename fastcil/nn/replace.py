@@ -130,12 +130,23 @@ def replace_activations(
     if share:
         # What the memo of a deep copy already holds is used as it is.
         memo: dict[int, object] = {id(tensor): tensor for tensor in tensors}
-        return Replaced(copy.deepcopy(model, {**memo, **fresh}), names)
+        return Replaced(_without_shortcuts(copy.deepcopy(model, {**memo, **fresh})), names)
     for name, part in places:
         owner, _, own_name = name.rpartition(".")
         if name:
             setattr(model.get_submodule(owner), own_name, fresh[id(part)])
-    return Replaced(fresh.get(id(model), model), names)
+    return Replaced(_without_shortcuts(fresh.get(id(model), model)), names)
+
+
+def _without_shortcuts(model: nn.Module) -> nn.Module:
+    """Takes from torch's own encoder layers the note that their activation is ReLU or GELU.
+
+    In evaluation they would compute that, whatever their activation module is by now.
+    """
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoderLayer) and isinstance(part.activation, Pade):
+            part.activation_relu_or_gelu = 0
+    return model
 
 
 def share_with_pade(

@@ -224,3 +224,16 @@ def test_what_is_no_function_of_one_number(part, message):
     assert isinstance(
         replace_activations(nn.Sequential(part), type(part), init="relu").model[0], Pade
     )
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_torchs_encoder_has_no_way_around_them(share):
+    """In evaluation it computes in one operation what its activation was when it was made."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ReLU(), batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        before = layer(x)
+        replaced, names = replace_activations(layer, init=torch.sin, share=share)
+        assert names == ("activation",)
+        assert not torch.allclose(replaced(x), before, atol=1e-2)
+        assert not share or torch.equal(layer(x), before)
