@@ -1,0 +1,54 @@
+"""What every launcher needs: the device of its tensors, dense memory, and sizes in tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACCESS_BYTES = 16  # the widest load or store that a thread makes at once
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Run so many programs of a kernel on the device of its first argument.
+
+    Every launch of fastcil passes through here, so that the tests can see what would be launched.
+    """
+    if torch.version.hip is not None:
+        constants.pop("maxnreg", None)  # an option of NVIDIA's assembler
+    device = arguments[0].device
+    if device.type != "cuda":  # Triton's interpreter
+        kernel[(programs,)](*arguments, **constants)
+        return
+    # An op is called for the device of its tensors, Triton launches on the current one.
+    with torch.cuda.device(device):
+        kernel[(programs,)](*arguments, **constants)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x with its elements one after the other in memory, from an aligned address on.
+
+    Its strides are then those of ``torch.empty_like(x)``, as every op's result has them.
+    """
+    fits = x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride()
+    return x if fits and x.data_ptr() % ACCESS_BYTES == 0 else torch.empty_like(x).copy_(x)
+
+
+def beside(value: Tensor, x: Tensor) -> Tensor:
+    """The value with its elements in the memory order of x, which is dense."""
+    if value.stride() == x.stride() and value.data_ptr() % ACCESS_BYTES == 0:
+        return value
+    return torch.empty_like(x, dtype=value.dtype).copy_(value)
+
+
+def arranged(value: Tensor, like: Tensor) -> Tensor:
+    """The value with the strides of ``torch.empty_like(like)``."""
+    if value.stride() == torch.empty_like(like, device="meta").stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)
+
+
+def power_of_two_divisor(number: int, most: int) -> int:
+    """The largest power of two that divides the number, up to ``most``."""
+    return min(number & -number, most)
