@@ -27,7 +27,7 @@ import bench_read
 import bench_reconstruct
 import bench_soft_compose
 import torch
-from op_case import OURS, OpCase, threads
+from op_case import OURS, OpCase, Step, threads
 
 from fastcil.engine.environment import environment
 from fastcil.engine.state import write_atomically
@@ -54,11 +54,27 @@ FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "device")
 MARKS = ("<!-- ops -->", "<!-- /ops -->")
 
 
+def make_steps(case: OpCase) -> tuple[dict[str, Step], list[str]]:
+    """The ways that can be had, and those whose results are wrong: these are not timed."""
+    steps: dict[str, Step] = {}
+    wrong = []
+    for way in case.ways:
+        try:
+            step = case.make(way, True)
+        except AssertionError:
+            if way == OURS:
+                raise
+            wrong.append(way)
+        else:
+            if step is not None:
+                steps[way] = step
+    return steps, wrong
+
+
 def measure(case: OpCase, rounds: int) -> dict[str, Any]:
     """Milliseconds of each way that can be had, the least and the median of so many rounds."""
     with threads(case.threads):
-        made = {way: case.make(way, True) for way in case.ways}
-        steps = {way: step for way, step in made.items() if step is not None}
+        steps, wrong = make_steps(case)
         taken: dict[str, list[float]] = {way: [] for way in steps}
         for step in steps.values():
             step()
@@ -75,6 +91,7 @@ def measure(case: OpCase, rounds: int) -> dict[str, Any]:
         "name": case.name,
         "threads": case.threads,
         "aims": dict(case.aims),
+        "wrong": wrong,
         "ways": {
             way: {"min": round(min(ms), 4), "median": round(statistics.median(ms), 4)}
             for way, ms in taken.items()
@@ -126,6 +143,7 @@ def table(content: dict[str, Any]) -> str:
             for way, ms in row["ways"].items()
             if way != OURS
         )
+        others += "".join(f", {way}: wrong result" for way in row["wrong"])
         cells = [f"`{row['op']}`", row["name"], f"{ours['min']:.3g} ({ours['median']:.3g})", others]
         lines.append("| " + " | ".join(cells) + " |")
     facts = content["environment"]
