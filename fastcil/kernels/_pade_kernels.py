@@ -2,9 +2,9 @@
 
 A program walks over tiles of one channel group with that group's coefficients in registers. Whole
 tiles take the plain basis, without masks, and the program notes the largest |x| it meets; where
-powers of that could overflow, it does them again with the SAFE basis, which also takes what is
-left at the end. Sums for the coefficients go to slots, one per program, and a second kernel adds
-the slots in a fixed order.
+powers of that could overflow, it does them again with the SAFE basis, element by element, as it
+does what is left at the end. Sums for the coefficients go to slots, one per program, and a second
+kernel adds the slots in a fixed order.
 """
 
 from __future__ import annotations
@@ -117,16 +117,15 @@ def pade_kernel(
             at = place_of(row, column, inner, stride, VEC, GROUPED, SAFE)
             mask = row < left
             x = load_rows(x_pointer, at, mask, VEC, SAFE)
-            if LIMIT > 0 and not SAFE:
+            if not SAFE:
                 largest = tl.maximum(largest, tl.abs(x))
             y = quotient(x, a, b, M, N, VERSION, SAFE)[0]
             store_rows(y_pointer, at, y, mask, VEC, SAFE)
             row += ROWS
         if not SAFE:
             start, stop = stop * VEC, tl.cdiv(left, ROWS)
-            if LIMIT > 0:
-                fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
-                start = tl.where(fine, start, 0)
+            fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
+            start = tl.where(fine, start, 0)
 
 
 @_jit
@@ -173,18 +172,17 @@ def backward_kernel(
             mask = row < left
             g = load_rows(g_pointer, at, mask, VEC, SAFE)
             x = load_rows(x_pointer, at, mask, VEC, SAFE)
-            if LIMIT > 0 and not SAFE:
+            if not SAFE:
                 largest = tl.maximum(largest, tl.abs(x))
             grad, sums_a, sums_b = gradients(g, x, a, b, sums_a, sums_b, M, N, VERSION, SAFE)
             store_rows(grad_pointer, at, grad, mask, VEC, SAFE)
             row += ROWS
         if not SAFE:
             start, stop = stop * VEC, tl.cdiv(left, ROWS)
-            if LIMIT > 0:
-                fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
-                start = tl.where(fine, start, 0)
-                sums_a = _kept(sums_a, fine, M + 1)
-                sums_b = _kept(sums_b, fine, N)
+            fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
+            start = tl.where(fine, start, 0)
+            sums_a = _kept(sums_a, fine, M + 1)
+            sums_b = _kept(sums_b, fine, N)
     slot = slots + group * (M + 1 + N) * chunks + chunk
     _put(slot, chunks, sums_a, M + 1)
     _put(slot + (M + 1) * chunks, chunks, sums_b, N)
@@ -244,7 +242,7 @@ def double_backward_kernel(
             dx = load_rows(dx_pointer, at, mask, VEC, SAFE)
             g = load_rows(g_pointer, at, mask, VEC, SAFE)
             x = load_rows(x_pointer, at, mask, VEC, SAFE)
-            if LIMIT > 0 and not SAFE:
+            if not SAFE:
                 largest = tl.maximum(largest, tl.abs(x))
             phi, grad, sums_a, sums_b = second_gradients(
                 dx, g, x, a, b, da, db, sums_a, sums_b, M, N, VERSION, SAFE
@@ -254,11 +252,10 @@ def double_backward_kernel(
             row += ROWS
         if not SAFE:
             start, stop = stop * VEC, tl.cdiv(left, ROWS)
-            if LIMIT > 0:
-                fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
-                start = tl.where(fine, start, 0)
-                sums_a = _kept(sums_a, fine, M + 1)
-                sums_b = _kept(sums_b, fine, N)
+            fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
+            start = tl.where(fine, start, 0)
+            sums_a = _kept(sums_a, fine, M + 1)
+            sums_b = _kept(sums_b, fine, N)
     slot = slots + group * (M + 1 + N) * chunks + chunk
     _put(slot, chunks, sums_a, M + 1)
     _put(slot + (M + 1) * chunks, chunks, sums_b, N)

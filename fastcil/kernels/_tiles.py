@@ -1,8 +1,9 @@
 """Tiles of dense memory: rows of VEC neighbours, which a thread moves in one access.
 
 Row r of a tensor is its elements r * VEC ... (r + 1) * VEC - 1 in memory. With channel groups the
-memory is [outer, groups, inner]: the rows of one group are numbered through, and ``row_at`` says
-where in memory they are.
+memory is [outer, groups, inner]: the rows of one group are numbered through, and ``place_of`` says
+where in memory they are. What must be masked is taken as SINGLE elements, numbered likewise: then
+neighbouring threads have neighbours.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def start_of(
     """What a program with so many rows of one group works on: (group, chunk, first, base, column).
 
     Its chunk of the group starts at the group's row ``first``, which lies ``column`` rows behind
-    ``base``, the row in memory from which ``row_at`` counts. Groups alternate, because those of
+    ``base``, the row in memory from which ``place_of`` counts. Groups alternate, because those of
     one pixel may share a cache line.
     """
     if GROUPED:

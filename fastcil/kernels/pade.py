@@ -76,7 +76,7 @@ def _plan(
         "M": m,
         "N": n,
         "VERSION": version,
-        "LIMIT": 0.0 if x.dtype == torch.float16 and limit >= 2**16 else limit,
+        "LIMIT": limit,
         "GROUPED": groups > 1,
         "ROWS": tile // vec,
         "VEC": vec,

@@ -43,7 +43,12 @@ def _fake(features: Tensor, starts: Tensor, limit: int) -> Tensor:
     return starts.new_empty((starts.shape[0] - 1, limit))
 
 
-define("herding(Tensor features, Tensor starts, int limit) -> Tensor", _herding, _fake)
+define(
+    "herding(Tensor features, Tensor starts, int limit) -> Tensor",
+    _herding,
+    _fake,
+    kernel="fastcil.kernels.herding:herding",
+)
 
 
 def herding(features: Tensor, starts: Tensor, limit: int) -> Tensor:

@@ -163,6 +163,7 @@ define(
     "SymInt width, Tensor? crops, Tensor? flips, Tensor? views, bool antialias) -> Tensor",
     reference,
     fake,
+    kernel="fastcil.kernels.read:read",
 )
 
 

@@ -116,6 +116,7 @@ define(
     "Tensor? operations, Tensor? amounts, float[] mean, float[] std, ScalarType dtype) -> Tensor",
     reference,
     fake,
+    kernel="fastcil.kernels.read_batch:read_batch",
 )
 
 

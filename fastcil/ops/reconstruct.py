@@ -39,6 +39,7 @@ define(
     "reconstruct(Tensor pixels, Tensor offsets, Tensor geometry) -> (Tensor, Tensor)",
     reference,
     fake,
+    kernel="fastcil.kernels.reconstruct:reconstruct",
 )
 
 
@@ -66,6 +67,7 @@ def reconstruct(pixels: Tensor, offsets: Tensor, geometry: Tensor) -> tuple[Tens
     Raises:
         TypeError: an argument has the wrong dtype.
         ValueError: an argument has the wrong shape, or a row of it does not describe an image.
+            (Kernels on a GPU cannot look at values, and don't.)
 
     Example:
         >>> pixels = torch.tensor([7, 8, 9], dtype=torch.uint8)  # one cell, and no box

@@ -160,10 +160,12 @@ def test_large_inputs_neither_overflow_nor_disturb_the_rest_of_the_tile(version,
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("version", ["A", "B"])
-def test_nan_and_infinity_stay_where_they_are(version):
+def test_nan_and_infinity_stay_where_they_are(version, dtype):
     _, _, _, gradient, x, _, _ = draw(1024 + 8, version="A")
     x, gradient, a, b = (t.float() for t in (x, gradient, A, B))
+    x, gradient = x.to(dtype), gradient.to(dtype)
     clean = kernels.pade(x, a, b, version)
     x[[3, 1027]] = float("nan")
     x[[5, 1029]] = float("inf")
