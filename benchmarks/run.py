@@ -130,6 +130,11 @@ def keep(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def times(ratio: float) -> str:
+    """Two figures behind the point for what is near, none for what is far."""
+    return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+
+
 def table(content: dict[str, Any]) -> str:
     """The Markdown table of kept figures, and a line that says where they come from."""
     lines = [
@@ -139,7 +144,7 @@ def table(content: dict[str, Any]) -> str:
     for row in content["cases"]:
         ours = row["ways"][OURS]
         others = ", ".join(
-            f"{way} {ms['min'] / ours['min']:.2g} ({ms['median'] / ours['median']:.2g})"
+            f"{way} {times(ms['min'] / ours['min'])} ({times(ms['median'] / ours['median'])})"
             for way, ms in row["ways"].items()
             if way != OURS
         )

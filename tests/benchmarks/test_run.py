@@ -63,7 +63,7 @@ def test_figures_are_kept_and_shown(row, tmp_path, monkeypatch):
     readme = run.with_table("before <!-- ops -->\nold\n<!-- /ops --> after")
     assert readme.startswith("before <!-- ops -->") and readme.endswith("<!-- /ops --> after")
     ratio = row["ways"]["slow peer"]["min"] / row["ways"]["fastcil"]["min"]
-    assert f"slow peer {ratio:.2g} (" in readme and "peer that errs: wrong result" in readme
+    assert f"slow peer {ratio:.1f} (" in readme and "peer that errs: wrong result" in readme
     assert "commit abc" in readme and "old" not in readme
     # Figures of another commit are not mixed with these.
     run.keep(path, [row], FACTS | {"commit": "def"})
@@ -75,5 +75,5 @@ def test_every_kept_case_is_one_there_is():
     assert len(names) == len(run.CASES)
     for path in run.RESULTS.glob("*.json"):
         content = json.loads(path.read_text())
-        assert {(row["op"], row["name"]) for row in content["cases"]} == names
+        assert {(row["op"], row["name"]) for row in content["cases"]} <= names
         assert {"commit", "torch", "processor", "rounds", "peers"} <= set(content["environment"])
