@@ -15,8 +15,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
 
     Every launch of fastcil passes through here, so that the tests can see what would be launched.
     """
-    if torch.version.hip is not None:
-        constants.pop("maxnreg", None)  # an option of NVIDIA's assembler
+    constants = options(constants)
     device = arguments[0].device
     if device.type != "cuda":  # Triton's interpreter
         kernel[(programs,)](*arguments, **constants)
@@ -24,6 +23,13 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
     # An op is called for the device of its tensors, Triton launches on the current one.
     with torch.cuda.device(device):
         kernel[(programs,)](*arguments, **constants)
+
+
+def options(constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants and options of a launch with those that Triton's versions disagree on."""
+    if torch.version.hip is not None:
+        constants = {k: v for k, v in constants.items() if k != "maxnreg"}  # NVIDIA's assembler's
+    return {"enable_fp_fusion": True} | constants
 
 
 def dense(x: Tensor) -> Tensor:

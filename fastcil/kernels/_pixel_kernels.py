@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastcil.kernels._read_kernels import store_samples
+
 _SIZES = ["height", "width", "steps", "vectors"]
 _SIZES += [f"{name}_{channel}" for name in ("scale", "shift") for channel in range(3)]
 
@@ -129,16 +131,34 @@ def _autocontrast(image: tl.tensor, table: tl.tensor, area: tl.tensor, BLOCK: tl
 
 
 @triton.jit
-def _equalize(image: tl.tensor, table: tl.tensor, area: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _histogram(
+    image: tl.tensor, channel: tl.tensor, area: tl.tensor, WARPS: tl.constexpr, GROUP: tl.constexpr
+) -> tl.tensor:
+    """How many pixels have each level of a channel, int32 [256].
+
+    A matrix product counts pairs of a level's upper and lower half, for `tl.histogram` would add
+    up the warps' counts by atomics.
+    """
+    halves = tl.arange(0, 16)
+    counts = tl.zeros([WARPS, 16, 16], tl.int32)
+    for start in range(0, area, WARPS * GROUP):
+        at = start + tl.arange(0, WARPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        # What lies beyond the end has no upper half.
+        level = tl.load(image + 3 * at + channel, mask=at < area, other=0).to(tl.int32)
+        level = tl.where(at < area, level, 256)
+        upper = ((level >> 4)[:, None, :] == halves[None, :, None]).to(tl.int8)
+        lower = ((level & 15)[:, :, None] == halves[None, None, :]).to(tl.int8)
+        counts = tl.dot(upper, lower, counts, out_dtype=tl.int32)
+    return tl.reshape(tl.sum(counts, 0), [256])
+
+
+@triton.jit
+def _equalize(
+    image: tl.tensor, table: tl.tensor, area: tl.tensor, WARPS: tl.constexpr, GROUP: tl.constexpr
+) -> None:
     levels = tl.arange(0, 256)
-    for channel in tl.static_range(3):
-        counts = tl.zeros([256], tl.int32)
-        for start in range(0, area, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            level = tl.load(image + 3 * at + channel, mask=at < area, other=0).to(tl.int32)
-            counts += tl.histogram(level, 256)
-            # What lies beyond the end was counted as black.
-            counts -= tl.where(levels == 0, tl.maximum(start + BLOCK - area, 0), 0)
+    for channel in range(3):
+        counts = _histogram(image, channel, area, WARPS, GROUP)
         below = tl.cumsum(counts, 0) - counts
         highest = tl.max(tl.where(counts > 0, levels, 0), 0)
         step = tl.sum(tl.where(levels == highest, below, 0), 0) // 255
@@ -214,6 +234,8 @@ def program_kernel(
     shift_2: tl.tensor,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
+    GROUP: tl.constexpr,
     LAST: tl.constexpr,  # samples finished at once
 ) -> None:
     image = tl.program_id(0).to(tl.int64)
@@ -238,7 +260,7 @@ def program_kernel(
             if operation == 2:
                 _autocontrast(source, table, area, BLOCK)
             else:
-                _equalize(source, table, area, BLOCK)
+                _equalize(source, table, area, WARPS, GROUP)
             tl.debug_barrier()
             _look_up(source, table, area, BLOCK)
         elif (operation >= 4) & (operation <= 11):
@@ -250,15 +272,9 @@ def program_kernel(
         tl.debug_barrier()
     source = first + turn * there_and_back
     out += image * samples
+    scales, shifts = (scale_0, scale_1, scale_2), (shift_0, shift_1, shift_2)
     for start in range(0, samples, LAST):
         at = start + tl.arange(0, LAST)
         there = at < samples
         level = tl.load(source + at, mask=there, other=0)
-        if out.dtype.element_ty == tl.uint8:
-            tl.store(out + at, level, mask=there)
-        else:
-            channel = at % 3
-            scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
-            shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
-            value = tl.fma(level.to(tl.float32), scale, shift)
-            tl.store(out + at, value.to(out.dtype.element_ty), mask=there)
+        store_samples(out + at, level, at % 3, there, scales, shifts)

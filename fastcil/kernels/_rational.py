@@ -41,7 +41,7 @@ def _power(x: tl.tensor, EXPONENT: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _basis(x: tl.tensor, M: tl.constexpr, N: tl.constexpr, SAFE: tl.constexpr) -> tl.tuple:
     """u and what its even and its odd powers are made of, for degrees M and N."""
-    LARGEST: tl.constexpr = max(M, N)
+    LARGEST: tl.constexpr = M if M > N else N
     even = (tl.full(x.shape, 1.0, x.dtype), x * x)
     if not SAFE:
         for j in tl.static_range(2, LARGEST // 2 + 1):

@@ -296,6 +296,8 @@ def collect_kernel(
     image = program // map_height
     map_row = program % map_height
     length = vectors * VEC
+    last_length = tl.where(map_row == map_height - 1, length, 0)
+    length_before = tl.where(map_row > 0, length, 0)
     scale = divide(map_width.to(DTYPE), (length // channels).to(DTYPE))
     for first_column in range(0, map_width, MAP_COLUMNS):
         map_column = first_column + tl.arange(0, MAP_COLUMNS)
@@ -308,10 +310,8 @@ def collect_kernel(
                 row = sums + ((image * planes + plane) * map_height + map_row) * 2 * length + k
                 value += tl.load(row, mask=k < length, other=0.0)
                 # As the lower one of two: of itself where it is the last, else of the row before.
-                lowest = map_row == map_height - 1
-                value += tl.load(row + length, mask=(k < length) & lowest, other=0.0)
-                before = (k < length) & (map_row > 0)
-                value += tl.load(row - length, mask=before, other=0.0)
+                value += tl.load(row + length, mask=k < last_length, other=0.0)
+                value += tl.load(row - length, mask=k < length_before, other=0.0)
             share = tl.where(left[:, None] == map_column[None, :], 1.0 - aside[:, None], 0.0)
             share += tl.where(right[:, None] == map_column[None, :], aside[:, None], 0.0)
             total += value[:, None] * share

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastcil.errors import FastcilError
 from fastcil.kernels._launch import ACCESS_BYTES, launch, power_of_two_divisor
 from fastcil.kernels._read_kernels import read_kernel
 
@@ -50,11 +51,17 @@ def read_into(
         antialias: Whether to widen the filter where an image shrinks.
         mean: Of the channels.
         std: Of the channels.
+
+    Raises:
+        FastcilError: If an arena is on another device.
     """
     batch, _, height, width = out.shape
     if not batch:
         return
     device = out.device
+    for k, pixels in enumerate(arenas):
+        if pixels.device != device:  # its address would mean nothing there
+            raise FastcilError(f"arenas[{k}] is on {pixels.device}; it must be on {device}.")
     arenas = [pixels.contiguous() for pixels in arenas]
     where = [[pixels.data_ptr(), pixels.numel()] for pixels in arenas]
     vec = power_of_two_divisor(3 * width, ACCESS_BYTES // out.element_size())
@@ -89,6 +96,7 @@ def read_into(
         ROWS=rows,
         COLUMNS=columns,
         num_warps=4,
+        maxnreg=224,  # left to itself the assembler may aim at fewer and spill
         enable_fp_fusion=False,  # weights are rounded after each step, as on the CPU
     )
 

@@ -9,7 +9,8 @@ from fastcil.kernels._launch import ACCESS_BYTES, launch, power_of_two_divisor
 from fastcil.kernels._pixel_kernels import program_kernel
 from fastcil.kernels.read import affine, read_into
 
-_BLOCK = 4096  # samples, or pixels, that a program works on at once
+_BLOCK = 2048  # samples, or pixels, that a program works on at once
+_GROUP = 32  # pixels of a histogram that a warp counts at once
 _WARPS = 16
 
 
@@ -82,6 +83,8 @@ def read_batch(
         *affine(mean, std),
         VEC=vec,
         BLOCK=_BLOCK,
+        WARPS=_WARPS,
+        GROUP=_GROUP,
         LAST=32 * _WARPS * vec,
         num_warps=_WARPS,
         enable_fp_fusion=False,  # a product and a sum are rounded apart, as on the CPU

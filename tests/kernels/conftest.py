@@ -77,11 +77,13 @@ class Launch(NamedTuple):
 def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
     """What a launcher would launch for tensors on the GPU; tensors on "meta" stand for those."""
 
+    from fastcil.kernels._launch import options
+
     def record(module: ModuleType, name: str, *arguments: Any) -> list[Launch]:
         found: list[Launch] = []
 
         def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-            found.append(Launch(kernel, programs, arguments, constants))
+            found.append(Launch(kernel, programs, arguments, options(constants)))
 
         monkeypatch.setattr(module, "launch", launch)
         getattr(module, name)(*arguments)

@@ -82,4 +82,4 @@ def test_compiled(launches, assemble, architecture):
     )
     code = assemble(launch, architecture)
     assert code.stack == 0
-    assert code.count(r"\b(LDL|STL|ATOM|RED)\b") == 0
+    assert code.count(r"\b(LDL|STL|ATOM\w*|REDG?)\b") == 0
