@@ -4,7 +4,8 @@ An image's ``geometry`` is the row (H, W, y0, x0, y1, x1, gh, gw): its size, the
 resolution, and the size of the nearest-neighbour background grid, (0, 0) for a raw image. A packed
 image is the box, row after row, then the grid's cells without those wholly under the box; all of
 it uint8 RGB, interleaved. Cell (r, c) holds source pixel (r*H // gh, c*W // gw), and a pixel
-(y, x) outside the box shows cell (y*gh // H, x*gw // W).
+(y, x) outside the box shows cell (y*gh // H, x*gw // W); Pillow's nearest neighbours, where they
+are asked for, are those of `fastcil.ops._nearest`.
 
 ``csrc/packed.h`` says the same in C++.
 """
@@ -15,11 +16,17 @@ import torch
 from torch import Tensor
 
 from fastcil.errors import FastcilError
+from fastcil.ops._nearest import Nearest, shown
 
 LARGEST_SIDE = 32767  # the largest int16
 
 
-def layout(offsets: Tensor, geometry: Tensor, views: Tensor | None = None) -> Tensor:
+def layout(
+    offsets: Tensor,
+    geometry: Tensor,
+    views: Tensor | None = None,
+    nearest: Nearest = "opencv",
+) -> Tensor:
     """All that the address of a pixel depends on, one row of integers per image.
 
     Args:
@@ -27,6 +34,7 @@ def layout(offsets: Tensor, geometry: Tensor, views: Tensor | None = None) -> Te
         geometry: int16 [N, 8].
         views: int16 [N, 6] rows (y0, x0, y1, x1, gh, gw), each a compression to simulate on a raw
             image; none where gh is 0.
+        nearest: whose nearest neighbours tell which cells lie wholly under the box.
 
     Returns:
         int64 [N, 14]: offset, H, W, y0, x0, y1, x1, gh, gw, the hole's first row and column and
@@ -41,11 +49,20 @@ def layout(offsets: Tensor, geometry: Tensor, views: Tensor | None = None) -> Te
         box = torch.where(simulated, seen[:, :4], box)
         grid = torch.where(simulated, seen[:, 4:], grid)
     box = box * (box[:, 2:] > box[:, :2]).all(1, keepdim=True)
-    divisor = size.clamp(min=1)
-    hole = (box[:, :2] - 1) * grid // divisor + 1  # [N, 2]
-    extent = box[:, 2:] * grid // divisor - hole
+    hole, stop = _under(box, size.clamp(min=1), grid, nearest)
+    extent = stop - hole
     extent = extent * ((extent > 0).all(1, keepdim=True) & ~simulated)
     return torch.cat([offsets.long()[:, None], size, box, grid, hole, extent, simulated.long()], 1)
+
+
+def _under(box: Tensor, size: Tensor, grid: Tensor, nearest: Nearest) -> tuple[Tensor, Tensor]:
+    """First of the cells wholly under a box, and the first behind them: int64 [N, 2] each."""
+    begin, end = box[:, :2], box[:, 2:]
+    edges = torch.stack([begin - 1, end], 2).flatten(0, 1)  # [N * 2, 2]: both axes are alike
+    inside = edges.clamp(min=0).minimum(size.view(-1, 1) - 1)
+    cells = shown(inside, grid.flatten(), size.flatten(), nearest).view(-1, 2, 2)
+    first = torch.where(begin > 0, cells[..., 0] + 1, 0)
+    return first, torch.where(end < size, cells[..., 1], grid)
 
 
 def stored_pixels(table: Tensor) -> Tensor:
@@ -54,13 +71,17 @@ def stored_pixels(table: Tensor) -> Tensor:
     return (y1 - y0) * (x1 - x0) + rows * columns - table[:, 11] * table[:, 12]
 
 
-def addresses(table: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def addresses(
+    table: Tensor, y: Tensor, x: Tensor, cells: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """First byte of the pixel that an image shows at (y, x).
 
     Args:
         table: rows of ``layout``, int64 [..., 14].
         y: row, int64, to be broadcast with ``x`` and ``table``'s leading dimensions.
         x: column, int64.
+        cells: the grid's row that row y shows, and its column that column x shows, if these are
+            not OpenCV's.
 
     Returns:
         int64, of the broadcast shape.
@@ -70,7 +91,7 @@ def addresses(table: Tensor, y: Tensor, x: Tensor) -> Tensor:
     inside = ((y >= y0) & (y < y1)) & ((x >= x0) & (x < x1))
     # Terms of y and terms of x stay apart for as long as they can: each is small by itself.
     box_y = torch.where(simulated > 0, y * width, (y - y0) * (x1 - x0) - x0)
-    r, c = y * rows // height, x * columns // width
+    r, c = cells or (y * rows // height, x * columns // width)
     below = r - hole_row
     grid_y = torch.where(
         simulated > 0,
@@ -118,7 +139,11 @@ def check_images(pixels: Tensor, offsets: Tensor, geometry: Tensor) -> None:
 
 
 def check_rows(
-    room: Tensor | int, offsets: Tensor, geometry: Tensor, views: Tensor | None = None
+    room: Tensor | int,
+    offsets: Tensor,
+    geometry: Tensor,
+    views: Tensor | None = None,
+    nearest: Nearest = "opencv",
 ) -> None:
     """Refuse rows that describe no image inside ``room`` bytes; waits for the device."""
     fields = geometry.long()
@@ -128,7 +153,8 @@ def check_rows(
     sound = (size > 0).all(1) & _inside(fields[:, 2:6], size)
     sound &= torch.where(raw, whole, ((grid > 0) & (grid <= size)).all(1))
     _refuse(sound, "geometry", "(H, W, y0, x0, y1, x1, gh, gw) of an image", geometry)
-    last = room - 3 * stored_pixels(layout(offsets, geometry))  # a sum could wrap around
+    kept = stored_pixels(layout(offsets, geometry, nearest=nearest))
+    last = room - 3 * kept  # a sum could wrap around
     _refuse((offsets >= 0) & (offsets <= last), "offsets", "an offset inside the pixels", offsets)
     if views is not None:
         seen, grid = views.long(), views[:, 4:].long()

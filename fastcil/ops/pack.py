@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcil.errors import FastcilError
+from fastcil.ops._nearest import Nearest, check_nearest, shown
 from fastcil.ops._packed import (
     check_images,
     check_rows,
@@ -46,7 +47,7 @@ def grids(sizes: Tensor, ratio: float) -> Tensor:
     return (sizes.double() / math.sqrt(ratio)).floor().clamp(min=1).long()
 
 
-def packed_nbytes(geometry: Tensor) -> Tensor:
+def packed_nbytes(geometry: Tensor, nearest: Nearest = "opencv") -> Tensor:
     r"""Bytes of pixels that each image keeps, by the formula of the layout.
 
     .. math::
@@ -57,13 +58,14 @@ def packed_nbytes(geometry: Tensor) -> Tensor:
 
     Args:
         geometry: int16 [N, 8], rows (H, W, y0, x0, y1, x1, gh, gw).
+        nearest: whose nearest neighbours, ``"opencv"`` or ``"pillow"``; h differs.
 
     Returns:
         int64 [N].
 
     Raises:
         TypeError: ``geometry`` has the wrong dtype.
-        ValueError: ``geometry`` has the wrong shape.
+        ValueError: ``geometry`` has the wrong shape, or ``nearest`` is neither of the two.
 
     Example:
         >>> raw, packed = [4, 6, 0, 0, 4, 6, 0, 0], [4, 6, 0, 0, 2, 2, 2, 3]
@@ -71,19 +73,26 @@ def packed_nbytes(geometry: Tensor) -> Tensor:
         tensor([72, 27])
     """
     check_tensor("geometry", geometry, torch.int16, (None, 8))
+    check_nearest(nearest)
     offsets = geometry.new_zeros(len(geometry), dtype=torch.int64)
-    return 3 * stored_pixels(layout(offsets, geometry))
+    return 3 * stored_pixels(layout(offsets, geometry, nearest=nearest))
 
 
 def pack(
-    pixels: Tensor, offsets: Tensor, geometry: Tensor, boxes: Tensor, ratio: float = 4.0
+    pixels: Tensor,
+    offsets: Tensor,
+    geometry: Tensor,
+    boxes: Tensor,
+    ratio: float = 4.0,
+    nearest: Nearest = "opencv",
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Compress raw images as CIM does (Luo et al. 2023, Eq. 3): background at 1/ratio the pixels.
 
     The box is kept as it is. Around it cell (r, c) of a grid of gh x gw cells keeps pixel
-    (floor(r*H/gh), floor(c*W/gw)), as OpenCV's ``INTER_NEAREST`` does, with
-    gh = floor(H / sqrt(ratio)) and gw = floor(W / sqrt(ratio)), at least 1 each; cells wholly
-    under the box are left out. ``reconstruct`` and ``read`` undo it.
+    (floor(r*H/gh), floor(c*W/gw)), with gh = floor(H / sqrt(ratio)) and
+    gw = floor(W / sqrt(ratio)), at least 1 each; cells wholly under the box are left out.
+    ``reconstruct`` and ``read`` undo it. At the paper's ratio of 4 these are the pixels that OpenCV's ``INTER_NEAREST`` takes, whatever
+    the size. At others OpenCV, which rounds the step H/gh, falls one short of some whole numbers.
 
     Args:
         pixels: raw images, uint8 [P].
@@ -92,6 +101,8 @@ def pack(
         boxes: int16 [N, 4], rows (y0, x0, y1, x1) with exclusive ends, inside their images. An
             empty box makes everything background.
         ratio: pixels of background per cell, the paper's eta: an area ratio, at least 1.
+        nearest: whose nearest neighbours, ``"opencv"``, which the paper's supplement names, or
+            ``"pillow"``, as in its released code; only ``reconstruct`` undoes the latter.
 
     Returns:
         The packed images, uint8; the first byte of each, int64 [N]; their geometry, int16 [N, 8].
@@ -99,7 +110,7 @@ def pack(
     Raises:
         TypeError: an argument has the wrong dtype.
         ValueError: an argument has the wrong shape, an image is packed already, a box reaches
-            beyond its image, or ``ratio`` is below 1.
+            beyond its image, ``ratio`` is below 1, or ``nearest`` is neither of the two.
 
     Example:
         >>> pixels = torch.arange(4, dtype=torch.uint8).repeat_interleave(3)  # a grey 2 x 2
@@ -112,6 +123,7 @@ def pack(
     """
     check_images(pixels, offsets, geometry)
     check_tensor("boxes", boxes, torch.int16, (len(offsets), 4))
+    check_nearest(nearest)
     if bool((geometry[:, 6:] != 0).any()):
         raise FastcilError("geometry has images that are packed already; give raw ones")
     check_rows(pixels.numel(), offsets, geometry)
@@ -120,13 +132,13 @@ def pack(
         raise FastcilError("boxes has one that reaches beyond its image; clip it to (0, 0, H, W)")
     boxes = boxes * (boxes[:, 2:] > boxes[:, :2]).all(1, keepdim=True)
     packed = torch.cat([sizes, boxes, grids(sizes, ratio).short()], 1)
-    table = layout(offsets, packed)
+    table = layout(offsets, packed, nearest=nearest)
     nbytes = 3 * stored_pixels(table)
     box_area = (table[:, 5] - table[:, 3]) * (table[:, 6] - table[:, 4])
     largest = max((box_area + table[:, 7] * table[:, 8]).tolist(), default=1)
     parts = [pixels.new_empty(0)]
     for images in table.split(max(1, CHUNK // largest)) if len(table) else ():
-        sources = [_box_sources(images), _cell_sources(images)]
+        sources = [_box_sources(images), _cell_sources(images, nearest)]
         place = torch.cat([begin.flatten(1) for begin, _ in sources], 1)
         kept = torch.cat([keep.flatten(1) for _, keep in sources], 1)
         parts.append(fetch(pixels, place[kept]).view(-1))
@@ -145,11 +157,14 @@ def _box_sources(table: Tensor) -> tuple[Tensor, Tensor]:
     return offset + 3 * ((y0 + y) * width + x0 + x), (y < y1 - y0) & (x < x1 - x0)
 
 
-def _cell_sources(table: Tensor) -> tuple[Tensor, Tensor]:
+def _cell_sources(table: Tensor, nearest: Nearest) -> tuple[Tensor, Tensor]:
     """First byte of the pixel that each cell takes, padded likewise, and which are to be kept."""
-    offset, height, width = table[:, :3, None, None].unbind(1)
+    offset, _, width = table[:, :3, None, None].unbind(1)
     rows, columns, *hole = table[:, 7:13, None, None].unbind(1)
-    r, c = _count(rows)[:, None], _count(columns)
+    r, c = _count(rows), _count(columns)
+    y = shown(r, table[:, 1], table[:, 7], nearest)[:, :, None]  # [N, R, 1]
+    x = shown(c, table[:, 2], table[:, 8], nearest)[:, None]  # [N, 1, C]
+    r = r[:, None]
     under = (r >= hole[0]) & (r < hole[0] + hole[2]) & (c >= hole[1]) & (c < hole[1] + hole[3])
-    place = offset + 3 * (r * height // rows * width + c * width // columns)
+    place = offset + 3 * (y * width + x)
     return place, (r < rows) & (c < columns) & ~under
