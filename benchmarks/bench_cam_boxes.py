@@ -2,10 +2,10 @@
 
 float32 features [256, 512, 7, 7] to images of 224 x 224, contiguous and channels_last. "eager" is
 the definition in PyTorch, all images at once: a matrix product, the map scaled, upsampled,
-compared, and its rows and columns searched; "compiled" is that under torch.compile;
-"masks_to_boxes" ends with torchvision's function, where torchvision can be imported; "loop" takes
-one image after the other, with OpenCV's threshold and NumPy. "read" only reads the features, which
-all must.
+compared, and its rows and columns searched; "compiled" is that under torch.compile; "torchcam"
+takes the maps from that package's extractor, where it is installed; "masks_to_boxes" ends with
+torchvision's function, where torchvision can be imported; "loop" takes one image after the other,
+with OpenCV's threshold and NumPy. "read" only reads the features, which all must.
 
 A way is timed only after its boxes have been compared with those of a map in float64.
 """
@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import cv2
 import numpy as np
 import torch
 from op_case import OURS, OpCase, Step
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastcil import ops
@@ -55,14 +56,13 @@ def maps(features: Tensor, class_weights: Tensor) -> Tensor:
     return ((activation - low) / (high - low)).view(-1, *features.shape[2:])
 
 
-def marked(features: Tensor, class_weights: Tensor, side: int) -> Tensor:
+def marked(scaled: Tensor, side: int) -> Tensor:
     """Which pixels are above the threshold: [B, side, side]."""
-    scaled = maps(features, class_weights)
     return functional.interpolate(scaled[:, None], (side, side), mode="bilinear")[:, 0] > THRESHOLD
 
 
-def eager(features: Tensor, class_weights: Tensor, side: int) -> Tensor:
-    above = marked(features, class_weights, side)
+def searched(above: Tensor, side: int) -> Tensor:
+    """The boxes of marked pixels: [B, 4]."""
     ends = []
     for lines in (above.any(2), above.any(1)):
         lines = lines.to(torch.uint8)
@@ -71,9 +71,37 @@ def eager(features: Tensor, class_weights: Tensor, side: int) -> Tensor:
     return torch.stack([y0, x0, y1, x1], 1)
 
 
+def eager(features: Tensor, class_weights: Tensor, side: int) -> Tensor:
+    return searched(marked(maps(features, class_weights), side), side)
+
+
+class Classifier(nn.Module):
+    """A network that ends in these features and has a class for each image."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.last = nn.Identity()
+        self.head = nn.Linear(*work.class_weights.T.shape, bias=False)
+        self.head.weight.data = work.class_weights
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(self.last(features).mean((2, 3)))
+
+
+def with_torchcam(work: Work) -> Callable[..., Tensor]:
+    """Its extractor keeps the features of a forward pass, which is not timed."""
+    from torchcam.methods import CAM
+
+    model = Classifier(work).eval()
+    extractor = CAM(model, "last", "head")
+    model(work.features)
+    classes = list(range(len(work.features)))
+    return lambda features, weights, side: searched(marked(extractor(classes)[0], side), side)
+
+
 def with_torchvision(features: Tensor, class_weights: Tensor, side: int) -> Tensor:
     """Its ends are inclusive, and x comes first."""
-    boxes = masks_to_boxes(marked(features, class_weights, side)).long()
+    boxes = masks_to_boxes(marked(maps(features, class_weights), side)).long()
     return boxes[:, [1, 0, 3, 2]] + torch.tensor([0, 0, 1, 1])
 
 
@@ -111,6 +139,8 @@ def make(channels_last: bool, name: str, full: bool) -> Step | None:
     """A way to find the boxes, checked."""
     if name == "masks_to_boxes" and masks_to_boxes is None:
         return None
+    if name == "torchcam" and not find_spec("torchcam"):
+        return None
     shape, side = ((256, 512, 7, 7), 224) if full else ((4, 8, 7, 7), 32)
     work = make_work(shape, side, channels_last)
     find = {
@@ -118,6 +148,7 @@ def make(channels_last: bool, name: str, full: bool) -> Step | None:
         "read": read,
         "eager": eager,
         "compiled": torch.compile(eager, dynamic=False),
+        "torchcam": with_torchcam(work) if name == "torchcam" else None,
         "masks_to_boxes": with_torchvision,
         "loop": loop,
     }[name]
@@ -130,7 +161,7 @@ CASES = [
     OpCase(
         "cam_boxes",
         f"256x512x7x7 to 224x224, {layout}",
-        (OURS, "read", "eager", "compiled", "masks_to_boxes", "loop"),
+        (OURS, "read", "eager", "compiled", "torchcam", "masks_to_boxes", "loop"),
         partial(make, layout == "channels_last"),
         aims={"eager": 20, "loop": 15},
     )

@@ -1,10 +1,11 @@
-"""Reading a training batch: fastcil.ops.read_batch beside OpenCV's, Pillow's and DALI's ways.
+"""Reading a training batch: fastcil.ops.read_batch beside OpenCV's, Pillow's, kornia's and DALI's.
 
 64 photograph-like images of about 418 x 443, each cropped as RandomResizedCrop does, resized to
 224 x 224, mirrored or not, and normalised into a float32 batch in channels_last memory, that of the
 batch before it for all of them, on one core: from raw images, and from exemplars compressed by
 eta = 4 outside a box of half the area.
-Like is timed with like: OpenCV's INTER_LINEAR never antialiases, Pillow's BILINEAR always does.
+Like is timed with like: OpenCV's INTER_LINEAR never antialiases, Pillow's BILINEAR always does,
+kornia blurs first, which is not the same: it is compared where nobody antialiases.
 The peers are handed the box and the grid of each exemplar as arrays and put them together first;
 DALI, which cannot, is handed whole images. "steps" are our own ops one after the other.
 
@@ -154,6 +155,25 @@ def pillow(work: Work, together: Callable[[Photo], Image.Image] = put_together) 
     return as_batch(out)
 
 
+def kornia(work: Work) -> Tensor:
+    from kornia.enhance import normalize
+    from kornia.geometry.transform import hflip, resize
+
+    mean, std = (255 * torch.tensor(value) for value in (PLAIN.mean, PLAIN.std))
+    out = torch.from_numpy(room(len(work.photos))).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
+    for photo, row in zip(work.photos, out, strict=True):
+        image = torch.from_numpy(photo.shown).permute(2, 0, 1)[None]
+        if photo.grid is not None:
+            grid = torch.from_numpy(photo.grid).permute(2, 0, 1)[None].float()
+            image = resize(grid, tuple(image.shape[2:]), interpolation="nearest")
+            (y, x), (h, w) = photo.corner, photo.box.shape[:2]
+            image[0, :, y : y + h, x : x + w] = torch.from_numpy(photo.box).permute(2, 0, 1)
+        y0, x0, y1, x1 = photo.crop
+        image = resize(image[..., y0:y1, x0:x1].float(), (SIDE, SIDE))
+        row.copy_(normalize(hflip(image) if photo.flip else image, mean, std)[0])
+    return out
+
+
 def dali(work: Work, antialias: bool) -> Callable[[], Tensor]:
     """The pipeline, built."""
     from nvidia.dali import fn, pipeline_def, types
@@ -218,6 +238,7 @@ def make(compressed: bool, antialias: bool, name: str, full: bool) -> Step | Non
             "steps": partial(steps, work, antialias),
             "OpenCV": None if antialias else partial(opencv, work),
             "Pillow": partial(pillow, work) if antialias else None,
+            "kornia": partial(kornia, work) if not antialias and find_spec("kornia") else None,
         }[name]
     if way is not None:
         check(name, work, antialias, way)
@@ -236,7 +257,7 @@ CASES = [
         "read_batch",
         f"64 {'compressed' if compressed else 'raw'} images to 224x224, "
         f"{'' if antialias else 'not '}antialiased",
-        (OURS, "Pillow" if antialias else "OpenCV", "DALI", "steps"),
+        (OURS, *(("Pillow",) if antialias else ("OpenCV", "kornia")), "DALI", "steps"),
         partial(make, compressed, antialias),
         threads=1,
         aims={"OpenCV": 4, "Pillow": 8, "DALI": 3} if compressed else {},

@@ -48,6 +48,8 @@ PEERS = (
     "pillow",
     "rational-activations",
     "nvidia-dali-cuda120",
+    "kornia",
+    "torchcam",
     "torchvision",
 )
 FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "device")

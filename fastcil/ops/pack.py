@@ -91,7 +91,9 @@ def pack(
     The box is kept as it is. Around it cell (r, c) of a grid of gh x gw cells keeps pixel
     (floor(r*H/gh), floor(c*W/gw)), with gh = floor(H / sqrt(ratio)) and
     gw = floor(W / sqrt(ratio)), at least 1 each; cells wholly under the box are left out.
-    ``reconstruct`` and ``read`` undo it. At the paper's ratio of 4 these are the pixels that OpenCV's ``INTER_NEAREST`` takes, whatever
+    ``reconstruct`` and ``read`` undo it.
+
+    At the paper's ratio of 4 these are the pixels that OpenCV's ``INTER_NEAREST`` takes, whatever
     the size. At others OpenCV, which rounds the step H/gh, falls one short of some whole numbers.
 
     Args:
