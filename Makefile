@@ -27,7 +27,7 @@ ifneq ($(findstring /,$(PY)),)
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 endif
 
-.PHONY: help demo test lint bench bench-peers clean extension
+.PHONY: help demo test lint bench bench-peers gpu test-gpu sanitize bench-gpu clean extension
 
 help:
 	@echo "make demo     compare FOSTER with FOSTER+CIM and write the report to demo/"
@@ -35,6 +35,7 @@ help:
 	@echo "make lint     ruff, mypy and import-linter alone"
 	@echo "make bench    time the ops; figures go to benchmarks/results and into README.md"
 	@echo "make bench-peers   the same, after the packages they are compared with are installed"
+	@echo "make gpu      on a GPU: test-gpu, sanitize and bench-gpu, one after the other"
 	@echo "make clean    remove what make made, except the demo's report"
 	@echo
 	@echo "Each first sets up what it needs, in .venv, from python3 or the PYTHON= you name."
@@ -63,6 +64,23 @@ bench: $(READY)
 bench-peers: $(READY)
 	$(PIP) --no-deps $(PEERS)
 	$(MAKE) bench
+
+gpu: test-gpu sanitize bench-gpu
+
+test-gpu: $(READY)
+	$(PY) -m pytest tests -m gpu $(call plugin,xdist,-n $(JOBS))
+
+# Every tensor an allocation of its own: what lies beyond its end is then nobody's.
+sanitize: $(READY)
+	@failed=; for tool in memcheck racecheck synccheck initcheck; do \
+	  echo "compute-sanitizer --tool $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(PY) -m pytest tests/ops/test_devices.py -m gpu -q || failed="$$failed $$tool"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
+bench-gpu: $(READY)
+	$(PY) benchmarks/run.py time --device cuda $(BENCH_ARGS)
+	$(PY) benchmarks/run.py table
 
 clean:
 	rm -rf .venv build dist fastcil.egg-info fastcil/_C*.so

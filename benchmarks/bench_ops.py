@@ -13,7 +13,7 @@ from run import CASES
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 WAYS = [
-    pytest.param(case, way, id=f"{case.op}-{case.name}-{way}".replace(" ", "_"))
+    pytest.param(case, way, id=f"{case.op}-{case.name}-{case.device}-{way}".replace(" ", "_"))
     for case in CASES
     for way in case.ways
 ]
@@ -25,6 +25,8 @@ def test_way(benchmark: Any, request: pytest.FixtureRequest, case: OpCase, way: 
     timed = not request.config.getoption("benchmark_disable")
     if way == "compiled" and not timed:
         pytest.skip("compiling takes long and is done where it is timed")
+    if case.device == "cuda" and timed:
+        pytest.skip("timed by a GPU's own clock: python benchmarks/run.py time --device cuda")
     with threads(case.threads):
         step = case.make(way, timed)
         if step is None:

@@ -49,15 +49,15 @@ class Work:
         return [tensor for tensor in (self.images, self.cam) if tensor.requires_grad]
 
 
-def make_work(form: Form, shape: tuple[int, ...]) -> Work:
+def make_work(form: Form, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Work:
     """The same numbers for each dtype, rounded to it."""
     generator = torch.Generator().manual_seed(0)
     layout = torch.channels_last if form.channels_last else torch.contiguous_format
     images, gradient = (
-        torch.randn(shape, generator=generator).to(form.dtype, memory_format=layout)
+        torch.randn(shape, generator=generator).to(device, form.dtype, memory_format=layout)
         for _ in range(2)
     )
-    cam = torch.rand((shape[0], 7, 7), generator=generator).requires_grad_()
+    cam = torch.rand((shape[0], 7, 7), generator=generator).to(device).requires_grad_()
     return Work(images.requires_grad_(not form.map_only), cam, gradient)
 
 
@@ -66,14 +66,15 @@ def in_double(work: Work) -> Work:
     return Work(images, work.cam.detach().double().requires_grad_(), work.gradient.double())
 
 
-def shown(side: int) -> Tensor:
+def shown(side: int, device: torch.device) -> Tensor:
     cells = max(1, math.floor(side / math.sqrt(RATIO)))
-    return torch.arange(side) * cells // side * side // cells
+    return torch.arange(side, device=device) * cells // side * side // cells
 
 
 def eager(images: Tensor, cam: Tensor) -> Tensor:
     height, width = images.shape[2:]
-    downsampled = images.index_select(2, shown(height)).index_select(3, shown(width))
+    rows, columns = (shown(side, images.device) for side in (height, width))
+    downsampled = images.index_select(2, rows).index_select(3, columns)
     mask = functional.interpolate(cam[:, None], (height, width), mode="bilinear")
     return torch.lerp(images, downsampled, 1 - mask.to(images.dtype))
 
@@ -105,9 +106,11 @@ def make_step(name: str, work: Work) -> Step:
     return step
 
 
-def check(name: str, form: Form, shape: tuple[int, ...]) -> None:
+def check(
+    name: str, form: Form, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> None:
     """Compares a way's results with float64's on a few images."""
-    work = make_work(form, (min(shape[0], 2), *shape[1:]))
+    work = make_work(form, (min(shape[0], 2), *shape[1:]), device)
     truth = make_step("eager", in_double(work))()
     allowed = 1e-5 if form.dtype == torch.float32 else 2e-2
     for got, exact in zip(make_step(name, work)(), truth, strict=True):

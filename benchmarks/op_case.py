@@ -27,6 +27,8 @@ class OpCase:
             cannot be had here.
         threads: How many threads each way may use.
         aims: How many times as long as ours another way should take at least.
+        most_ms: How many milliseconds ours should take at most.
+        device: Where it is timed, "cpu" or "cuda".
     """
 
     op: str
@@ -35,6 +37,8 @@ class OpCase:
     make: Callable[[str, bool], Step | None]
     threads: int = 2
     aims: Mapping[str, float] = field(default_factory=dict)
+    most_ms: float | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}"
