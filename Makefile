@@ -8,7 +8,7 @@ TRITON := triton==3.7.1; sys_platform == 'linux'
 JOBS ?= 2
 MARKERS ?= not slow and not gpu
 PEERS := rational-activations==0.2.0 seaborn pandas nvidia-dali-cuda120 optree makefun \
-  kornia kornia_rs torchcam
+  kornia kornia_rs torchcam torchvision
 # Room for two raw exemplars of each class, and a twentieth of FOSTER's epochs without its
 # AutoAugment, which so short a run has no time to learn through: minutes on two cores.
 DEMO_ARGS ?= --methods foster,foster+cim --data scenes:classes=12 --scenario lfs-3 \

@@ -3,9 +3,9 @@
 float32 features [256, 512, 7, 7] to images of 224 x 224, contiguous and channels_last. "eager" is
 the definition in PyTorch, all images at once: a matrix product, the map scaled, upsampled,
 compared, and its rows and columns searched; "compiled" is that under torch.compile; "torchcam"
-takes the maps from that package's extractor, where it is installed; "masks_to_boxes" ends with
-torchvision's function, where torchvision can be imported; "loop" takes one image after the other,
-with OpenCV's threshold and NumPy. "read" only reads the features, which all must.
+takes the maps from that package's extractor and "masks_to_boxes" ends with torchvision's function,
+where they are installed; "loop" takes one image after the other, with OpenCV's threshold and NumPy.
+"read" only reads the features, which all must.
 
 A way is timed only after its boxes have been compared with those of a map in float64.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 
 import cv2
@@ -25,11 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastcil import ops
-
-try:
-    from torchvision.ops import masks_to_boxes
-except (ImportError, RuntimeError):  # that from a package index fails beside a CPU build of torch
-    masks_to_boxes = None
 
 THRESHOLD = 0.6
 
@@ -99,8 +94,27 @@ def with_torchcam(work: Work) -> Callable[..., Tensor]:
     return lambda features, weights, side: searched(marked(extractor(classes)[0], side), side)
 
 
+@cache
+def torchvision_operators() -> torch.library.Library | None:
+    """Names without code for those that a build for another torch brings in vain.
+
+    Without these names it cannot be imported; what is timed here does not call them.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
+
+
 def with_torchvision(features: Tensor, class_weights: Tensor, side: int) -> Tensor:
     """Its ends are inclusive, and x comes first."""
+    torchvision_operators()
+    from torchvision.ops import masks_to_boxes
+
     boxes = masks_to_boxes(marked(maps(features, class_weights), side)).long()
     return boxes[:, [1, 0, 3, 2]] + torch.tensor([0, 0, 1, 1])
 
@@ -137,9 +151,8 @@ def check(name: str, find: Callable[..., Tensor], work: Work) -> None:
 
 def make(channels_last: bool, name: str, full: bool) -> Step | None:
     """A way to find the boxes, checked."""
-    if name == "masks_to_boxes" and masks_to_boxes is None:
-        return None
-    if name == "torchcam" and not find_spec("torchcam"):
+    package = {"torchcam": "torchcam", "masks_to_boxes": "torchvision"}.get(name)
+    if package and not find_spec(package):
         return None
     shape, side = ((256, 512, 7, 7), 224) if full else ((4, 8, 7, 7), 32)
     work = make_work(shape, side, channels_last)

@@ -56,7 +56,11 @@ def _triton() -> tuple[str, str, bool]:
         return "triton", "absent: needed on CUDA only", not torch.cuda.is_available()
     from importlib.metadata import version
 
-    return "triton", version("triton"), True
+    found = version("triton")
+    major, minor = map(int, found.split(".")[:2])
+    if (major, minor) < (3, 5):
+        return "triton", f"{found}: too old for the kernels; install 3.5 or later", False
+    return "triton", found, True
 
 
 def _data() -> tuple[str, str, bool]:

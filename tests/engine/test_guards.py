@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -141,6 +142,19 @@ def test_doctor_names_kernels_that_do_not_load(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delattr(fastcil, "_C", raising=False)
     name, finding, good = doctor._extension()
     assert name == "C++ kernels" and "can't be loaded" in finding and not good
+
+
+@pytest.mark.parametrize(
+    ("found", "good"), [("3.4.1", False), ("3.5.0", True), ("3.7.1+git1", True), ("4.0", True)]
+)
+def test_doctor_names_a_triton_that_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, found: str, good: bool
+) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    name, finding, fits = doctor._triton()
+    assert name == "triton" and finding.startswith(found) and fits is good
+    assert ("too old" in finding) is not good
 
 
 def test_the_environment_names_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
