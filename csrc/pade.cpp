@@ -19,6 +19,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "recycled_memory.h"
+
 namespace fastcil {
 namespace {
 
@@ -327,7 +329,7 @@ std::tuple<at::Tensor, at::Tensor> gradients(const Shape& shape, const at::Tenso
 
 at::Tensor pade_cpu(const at::Tensor& given, const at::Tensor& numerator,
                     const at::Tensor& denominator, std::string_view version) {
-  const at::Tensor x = dense(given), y = at::empty_like(x);
+  const at::Tensor x = dense(given), y = recycled_like(x);
   const Shape shape = shape_of(x, numerator, denominator, version);
   call<PadeForward>(shape, {x}, {y}, numerator, denominator, numerator, denominator);
   return y;
@@ -336,7 +338,7 @@ at::Tensor pade_cpu(const at::Tensor& given, const at::Tensor& numerator,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pade_backward_cpu(
     const at::Tensor& gradient, const at::Tensor& given, const at::Tensor& numerator,
     const at::Tensor& denominator, std::string_view version) {
-  const at::Tensor x = dense(given), out = at::empty_like(x);
+  const at::Tensor x = dense(given), out = recycled_like(x);
   const Shape shape = shape_of(x, numerator, denominator, version);
   const at::Tensor sums = call<PadeBackward>(shape, {x, arranged(gradient, x)}, {out}, numerator,
                                              denominator, numerator, denominator);
@@ -348,7 +350,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pade_double_backward_
     const at::Tensor& dx, const at::Tensor& da, const at::Tensor& db, const at::Tensor& gradient,
     const at::Tensor& given, const at::Tensor& numerator, const at::Tensor& denominator,
     std::string_view version) {
-  const at::Tensor x = dense(given), phi = at::empty_like(x), out = at::empty_like(x);
+  const at::Tensor x = dense(given), phi = recycled_like(x), out = recycled_like(x);
   const Shape shape = shape_of(x, numerator, denominator, version);
   const at::Tensor sums =
       call<PadeDoubleBackward>(shape, {x, arranged(gradient, x), arranged(dx, x)}, {phi, out},

@@ -2,7 +2,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "batch_memory.h"
+#include "recycled_memory.h"
 #include "canvas.h"
 #include "reader.h"
 

@@ -14,6 +14,7 @@
 
 #include "bilinear.h"
 #include "lanes.h"
+#include "recycled_memory.h"
 
 namespace fastcil {
 namespace {
@@ -269,7 +270,7 @@ at::Tensor as_map(const at::Tensor& cam) {
 at::Tensor soft_compose_cpu(const at::Tensor& images, const at::Tensor& cam, double ratio) {
   if (images.numel() == 0) return at::empty_like(images);
   const auto own = dense(images);
-  at::Tensor out = at::empty_like(own);
+  at::Tensor out = recycled_like(own);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, own.scalar_type(), "soft_compose", [&] {
         using working_t = Working<scalar_t>;
@@ -296,7 +297,7 @@ std::tuple<at::Tensor, at::Tensor> soft_compose_backward_cpu(const at::Tensor& g
                                                              double ratio) {
   if (images.numel() == 0) return {at::empty_like(images), at::zeros_like(cam)};
   const auto own = dense(images);
-  at::Tensor grad_images = at::empty_like(own), grad_cam;
+  at::Tensor grad_images = recycled_like(own), grad_cam;
   const auto along = own.is_contiguous() ? gradient.contiguous()
                                          : gradient.contiguous(at::MemoryFormat::ChannelsLast);
   AT_DISPATCH_FLOATING_TYPES_AND2(

@@ -359,7 +359,8 @@ def pade(
     Computed in float32, or in float64 if ``x`` is, also under autocast; for large \|x\| in powers
     of 1/x, so that it stays finite where f does. The derivative of abs at 0 is 0. Differentiable
     twice: first and second derivatives are ops of their own, fused where there are kernels, and
-    give the same bits whatever the number of threads.
+    give the same bits whatever the number of threads. On the CPU results of 4 MiB or more take the
+    memory of earlier ones that are gone; of such memory the process keeps 256 MiB at most.
 
     Args:
         x: Any shape, [B, C, ...] with groups, floating point.  # [...]

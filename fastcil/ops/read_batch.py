@@ -141,8 +141,8 @@ def read_batch(
     of pixel operations, and is normalised: out = (v / 255 - mean) / std for each channel, as by
     `normalise`. The result is the same to the last bit, whatever the number of threads.
 
-    On the CPU a batch of 4 MiB or more that nothing refers to any longer leaves its memory to the
-    next one; what two batches take is held for as long as the process lives.
+    On the CPU a batch of 4 MiB or more takes the memory of an earlier result that nothing refers to
+    any longer; of such memory the process keeps 256 MiB at most.
 
     Args:
         arenas: the pixel buffers, each uint8 [P_k].

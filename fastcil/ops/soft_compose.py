@@ -156,7 +156,8 @@ def soft_compose(images: Tensor, cam: Tensor, ratio: float = 4.0) -> Tensor:
     image's size, and x_eta is x downsampled by sqrt(eta) per side and upsampled again, both by
     nearest neighbour: cell r of floor(H / sqrt(eta)) holds row r H // cells, and row y shows cell
     y cells // H. Computed in float32, or in float64 if ``images`` is, also under autocast.
-    Differentiable any number of times, eagerly; only ``images`` and ``cam`` are kept for it.
+    Differentiable any number of times, eagerly; only ``images`` and ``cam`` are kept for it. On the
+    CPU results of 4 MiB or more take the memory of earlier ones, as `read_batch` says.
 
     Args:
         images: Floating point, any scale, any number of channels.  # [B, C, H, W]

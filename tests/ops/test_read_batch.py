@@ -287,17 +287,3 @@ def test_normalise_names_a_wrong_argument(images):
         normalise(images, MEAN, STD)
     with pytest.raises(ValueError, match=r"dtype is torch\.uint8"):
         normalise(torch.zeros(1, 3, 2, 2).byte(), MEAN, STD, torch.uint8)
-
-
-def test_only_a_batch_that_is_gone_leaves_its_memory_to_the_next(make_images):
-    images = make_images([(8, 9)] * 8)
-
-    def batch(level):
-        program = PixelProgram.of("brightness", torch.full((8,), level))
-        return read_batch(*rows(images), (256, 256), MEAN, STD, program=program)
-
-    expected = batch(0.5).clone()
-    part = batch(0.5)[1, 0]  # keeps its batch
-    for level in (1.0, 0.0, 0.25):
-        assert not torch.equal(batch(level), expected)
-    assert torch.equal(part, expected[1, 0])
