@@ -1,9 +1,9 @@
 // fastcil::read on the CPU: crops out of packed images, resized, without unpacking them.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "reader.h"
+#include "recycled_memory.h"
 
 namespace fastcil {
 namespace {
@@ -14,8 +14,8 @@ at::Tensor read_cpu(at::TensorList arenas, const at::Tensor& arena, const at::Te
                     const std::optional<at::Tensor>& views, bool antialias) {
   const Sources sources(arenas, arena, offsets, geometry, crops, flips, views);
   const int64_t batch = sources.images.size();
-  at::Tensor out = at::empty({batch, 3, height, width}, geometry.options().dtype(at::kByte),
-                             at::MemoryFormat::ChannelsLast);
+  at::Tensor out =
+      recycled_empty({batch, 3, height, width}, at::kByte, at::MemoryFormat::ChannelsLast);
   uint8_t* bytes = out.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, batch, 1, [&sources, antialias, height, width, bytes](int64_t begin,
                                                                             int64_t end) {

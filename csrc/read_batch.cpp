@@ -102,7 +102,8 @@ at::Tensor read_batch_cpu(at::TensorList arenas, const at::Tensor& arena,
                    numbers.const_data_ptr<double>() + kAmounts * steps * i, steps};
     programs[i].check(i);
   }
-  const at::Tensor out = empty_batch(batch, height, width, dtype);
+  const at::Tensor out =
+      recycled_empty({batch, 3, height, width}, dtype, at::MemoryFormat::ChannelsLast);
   const Finish finish(mean.data(), std.data());
   const auto read = [&](auto sample) {
     using T = decltype(sample);

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "packed.h"
+#include "recycled_memory.h"
 
 namespace fastcil {
 namespace {
@@ -38,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor> reconstruct_cpu(const at::Tensor& pixels,
     starts.mutable_data_ptr<int64_t>()[i] = total;
     total += 3 * images[i].height * images[i].width;
   }
-  at::Tensor out = at::empty({total}, pixels.options());
+  at::Tensor out = recycled_empty({total}, at::kByte);
   uint8_t* bytes = out.mutable_data_ptr<uint8_t>();
   const int64_t* places = starts.const_data_ptr<int64_t>();
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

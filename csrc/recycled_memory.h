@@ -17,6 +17,7 @@
 #include <iterator>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <vector>
 
 namespace fastcil {
@@ -102,16 +103,14 @@ inline bool recycles(size_t nbytes) {
   return nbytes >= RecycledMemory::kLeast && !at::globalContext().deterministicAlgorithms();
 }
 
-// [batch, 3, height, width] in channels_last memory, as at::empty.
-inline at::Tensor empty_batch(int64_t batch, int64_t height, int64_t width, at::ScalarType dtype) {
-  const std::vector<int64_t> sizes = {batch, 3, height, width};
-  const size_t nbytes = batch * 3 * height * width * c10::elementSize(dtype);
-  if (!recycles(nbytes)) {
-    return at::empty(sizes, at::TensorOptions().dtype(dtype), at::MemoryFormat::ChannelsLast);
+// As at::empty.
+inline at::Tensor recycled_empty(at::IntArrayRef sizes, at::ScalarType dtype,
+                                 std::optional<at::MemoryFormat> format = std::nullopt) {
+  if (!recycles(c10::multiply_integers(sizes) * c10::elementSize(dtype))) {
+    return at::empty(sizes, at::TensorOptions().dtype(dtype), format);
   }
   return at::detail::empty_generic(sizes, &RecycledMemory::instance(),
-                                   c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
-                                   at::MemoryFormat::ChannelsLast);
+                                   c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, format);
 }
 
 // As at::empty_like, of a dense tensor.

@@ -66,6 +66,8 @@ def reconstruct(
     Their released code resizes with Pillow, which takes other neighbours. Images packed so are
     unpacked so, in plain PyTorch on every device: an option to compare with, not the fast way.
 
+    On the CPU results of 4 MiB or more take the memory of earlier ones, as `read_batch` says.
+
     Args:
         pixels: packed or raw images, uint8 [P].
         offsets: first byte of each image, int64 [N].
