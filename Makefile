@@ -55,10 +55,11 @@ lint: $(READY)
 	$(call tool,mypy)
 	$(call tool,lint-imports,--no-logo)
 
-# BENCH_ARGS='--only pade' times some of them.
+# BENCH_ARGS='--only pade' times some of them. With VENV= fastcil need not be installed.
+RUN = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) benchmarks/run.py
 bench: $(READY)
-	THP_MEM_ALLOC_ENABLE=1 $(PY) benchmarks/run.py time $(BENCH_ARGS)
-	$(PY) benchmarks/run.py table
+	THP_MEM_ALLOC_ENABLE=1 $(RUN) time $(BENCH_ARGS)
+	$(RUN) table
 
 # Without what they ask for: one pins a torch of 2020, the other brings what is not used here.
 bench-peers: $(READY)
@@ -79,8 +80,8 @@ sanitize: $(READY)
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 bench-gpu: $(READY)
-	$(PY) benchmarks/run.py time --device cuda $(BENCH_ARGS)
-	$(PY) benchmarks/run.py table
+	$(RUN) time --device cuda $(BENCH_ARGS)
+	$(RUN) table
 
 clean:
 	rm -rf .venv build dist fastcil.egg-info fastcil/_C*.so
