@@ -7,6 +7,7 @@ import time
 
 import pytest
 import run
+from clocks import in_turn
 from op_case import OpCase
 
 
@@ -41,6 +42,11 @@ def test_ways_are_timed_if_they_are_there_and_right(row):
         assert least <= ms["min"] <= ms["median"]
     (line,) = run.missed(row)
     assert "slow peer" in line and "aim 100" in line
+
+
+def test_each_round_begins_with_another_way():
+    steps = {"a": None, "b": None, "c": None}
+    assert "".join(way for way, _ in in_turn(steps, 4)) == "abcbcacababc"
 
 
 def test_ours_must_be_right():
