@@ -4,7 +4,8 @@ python benchmarks/run.py time [--device cuda] [--only pade,read_batch]   # -> re
 python benchmarks/run.py table                                           # -> README.md
 
 The ways of a case are timed in turn, round after round, in one process: what slows the machine down
-meets all of them, and each round begins with another. THP_MEM_ALLOC_ENABLE=1, which make sets, spares all of them most page faults.
+meets all of them, and each round begins with another. THP_MEM_ALLOC_ENABLE=1, which make sets,
+spares all of them most page faults.
 """
 
 from __future__ import annotations
