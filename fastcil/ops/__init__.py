@@ -8,9 +8,11 @@ from fastcil.ops.pack import grids as grids
 from fastcil.ops.pack import pack as pack
 from fastcil.ops.pack import packed_nbytes as packed_nbytes
 from fastcil.ops.pade import pade as pade
+from fastcil.ops.patch_gram import patch_gram_ as patch_gram_
 from fastcil.ops.pixel_program import PixelProgram as PixelProgram
 from fastcil.ops.read import read as read
 from fastcil.ops.read_batch import normalise as normalise
 from fastcil.ops.read_batch import read_batch as read_batch
 from fastcil.ops.reconstruct import reconstruct as reconstruct
 from fastcil.ops.soft_compose import soft_compose as soft_compose
+from fastcil.ops.spectral_gram import spectral_gram_ as spectral_gram_
