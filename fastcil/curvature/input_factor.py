@@ -161,9 +161,11 @@ class ConvInputFactor:
             raise FastcilError(f"decay is {decay}; it must be between 0 and 1.")
         with torch.no_grad():
             x = (x.detach().bfloat16() if self.half_inputs else x.detach()).to(self.dtype)
-            if self._pad is not None:
-                x = functional.pad(x, self._pad, self._pad_mode)
-            self._add(x, decay, weights)
+            self._add(self.padded(x), decay, weights)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Images with the padding that ``window`` leaves out: all but equal zeros at both sides."""
+        return x if self._pad is None else functional.pad(x, self._pad, self._pad_mode)
 
     def _add(self, x: Tensor, decay: float, weights: Tensor | None) -> None:
         window = self.window
