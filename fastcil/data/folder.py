@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import cv2
@@ -21,10 +22,11 @@ import torch
 from fastcil.data.assemble import assemble, check_names, check_side
 from fastcil.data.listing import CLASSES_FILE, SUFFIXES, Listing, Parts, Source, list_source
 from fastcil.data.store import Dataset, Examples, ImageStore
+from fastcil.data.subset import WHOLE, Subset
 from fastcil.errors import DataError
 
 
-def load_folder(path: Path, *, skip_bad: bool = False) -> Dataset:
+def load_folder(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) -> Dataset:
     """Read a data set of image files.
 
     The training images are under `train/<class>/`, at any depth, the test images under
@@ -38,6 +40,8 @@ def load_folder(path: Path, *, skip_bad: bool = False) -> Dataset:
         path: a folder, or a tar in any compression that tarfile reads.
         skip_bad: leave out images that do not decode and classes that lack a part, and list them
             in `Dataset.skipped`.
+        subset: what to take, its class numbers being places among all class names; other images
+            are not decoded.
 
     Returns:
         The data set, named after the file or folder.
@@ -66,15 +70,18 @@ def load_folder(path: Path, *, skip_bad: bool = False) -> Dataset:
                 f" test/<class>/, with a name that ends in {', '.join(SUFFIXES)}"
             )
     names = _class_names(listing, {*train_files, *test_files})
+    names = [names[k] for k in subset.keep(len(names), str(path), least=2)]
+    train_files = subset.files(train_files, subset.train_per_class)
+    test_files = subset.files(test_files, subset.test_per_class)
     skipped: list[str] = []
-    train = _read(listing, train_files, names, skip_bad, skipped)
-    test = _read(listing, test_files, names, skip_bad, skipped)
-    title = path.name.split(".tar")[0]
+    train = read_files(listing, train_files, names, skip_bad, skipped)
+    test = read_files(listing, test_files, names, skip_bad, skipped)
+    title = subset.name(path.name.split(".tar")[0])
     return assemble(title, str(path), train, test, names, ("train", held_out), skip_bad, skipped)
 
 
 def examples_of_folder(
-    path: Path, skip_bad: bool, skipped: list[str]
+    path: Path, skip_bad: bool, skipped: list[str], subset: Subset = WHOLE
 ) -> tuple[Examples, tuple[str, ...]]:
     """Read the images of new classes: `<class>/...`, or the `train/<class>/...` part.
 
@@ -82,6 +89,7 @@ def examples_of_folder(
         path: a folder or a tar.
         skip_bad: leave out images that do not decode, and classes without images.
         skipped: gains a line for everything left out.
+        subset: what to take, as in `load_folder`.
 
     Returns:
         The examples and the class names.
@@ -105,7 +113,9 @@ def examples_of_folder(
             f" that ends in {', '.join(SUFFIXES)}"
         )
     names = _class_names(listing, set(files))
-    examples = _read(listing, files, names, skip_bad, skipped)
+    names = [names[k] for k in subset.keep(len(names), str(path))]
+    files = subset.files(files, subset.train_per_class)
+    examples = read_files(listing, files, names, skip_bad, skipped)
     present = examples.labels.unique().tolist()
     for label in sorted(set(range(len(names))) - set(present)):
         sentence = f"{path}: class {names[label]!r} has no image"
@@ -136,33 +146,54 @@ def _class_names(listing: Listing, folders: set[str]) -> list[str]:
     return names
 
 
-def _read(
+def read_files(
     listing: Listing,
     files: Mapping[str, Sequence[Parts]],
     names: Sequence[str],
     skip_bad: bool,
     skipped: list[str],
 ) -> Examples:
-    """Decode all images of a part, by label and path."""
+    """Decode the images of a part.
+
+    Args:
+        listing: what holds them.
+        files: class name to its files, keys of `Listing.files`.
+        names: the classes to read, by label.
+        skip_bad: leave out images that do not decode.
+        skipped: gains a line for each image left out.
+
+    Returns:
+        The examples, by label and then as listed.
+
+    Raises:
+        DataError: If an image does not decode and `skip_bad` is false.
+
+    Example:
+        >>> len(read_files(Listing(Path("photos")), {}, ["cat"], False, []))
+        0
+    """
     wanted = [(label, f) for label, name in enumerate(names) for f in files.get(name, ())]
     labels: list[int] = []
 
     def images() -> Iterator[np.ndarray]:
-        results = _decode_all(listing, [file for _, file in wanted])
-        for (label, _), image in zip(wanted, results, strict=True):
-            if isinstance(image, np.ndarray):
-                labels.append(label)
-                yield image
-            elif skip_bad:
-                skipped.append(str(image))
-            else:
-                raise image
+        # Left to the garbage collector, a thread of the pool might have to join itself.
+        with closing(_decode_all(listing, [file for _, file in wanted])) as results:
+            for (label, _), image in zip(wanted, results, strict=True):
+                if isinstance(image, np.ndarray):
+                    labels.append(label)
+                    yield image
+                elif skip_bad:
+                    skipped.append(str(image))
+                else:
+                    raise image
 
     store = ImageStore.from_images(images())
     return Examples(store, torch.tensor(labels, dtype=torch.int64))
 
 
-def _decode_all(listing: Listing, files: Sequence[Parts]) -> Iterator[np.ndarray | DataError]:
+def _decode_all(
+    listing: Listing, files: Sequence[Parts]
+) -> Generator[np.ndarray | DataError, None, None]:
     """Decode in parallel, giving the images or what is wrong with them in order."""
     threads = os.cpu_count() or 1
     waiting: deque[Future[np.ndarray | DataError]] = deque()

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastcil.data import arrays, cifar, folder, scenes, torch_datasets
+from fastcil.data import arrays, cifar, folder, imagenet32, mit67, mnist, scenes, torch_datasets
 from fastcil.data.places import resolve
 from fastcil.data.store import Dataset, Examples
+from fastcil.data.subset import OPTIONS, WHOLE, Subset
 from fastcil.errors import DataError
 
 _SCENES = ("classes", "size", "train_per_class", "test_per_class", "seed")
 _NAMES = ("class_names",)
+# Folders of a published form: who tells one, who reads it.
+_PUBLISHED = (
+    (mnist.is_mnist, mnist.load_mnist),
+    (imagenet32.is_imagenet32, imagenet32.load_imagenet32),
+    (mit67.is_mit67, mit67.load_mit67),
+)
 _FORMS = (
     'give a path, "scenes", "cifar10", "cifar100", ((x_train, y_train), (x_test, y_test)), a pair'
     " of map-style torch data sets, or a Dataset"
@@ -38,10 +47,22 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
     | ``"scenes:classes=8,size=32"`` | the same, options in the name | |
     | ``"cifar10"``, ``"cifar100"`` | the original binary archives, or a path to one | |
     | folder or ``.tar`` | ``train/<class>/...`` and ``test/<class>/...`` (or ``val/``) | |
-    | ``.npz`` | ``x_train, y_train, x_test, y_test`` | class_names |
+    | folder | MNIST's four idx files, gzipped or not: `fastcil.data.mnist.load_mnist` | |
+    | folder | ImageNet32 as npz: `fastcil.data.imagenet32.load_imagenet32` | |
+    | folder | MIT-67, ``Images`` and its two lists: `fastcil.data.mit67.load_mit67` | |
+    | ``.npz`` | ``x_train, y_train, x_test, y_test``, as Keras's ``mnist.npz`` | class_names |
     | ``((x_train, y_train), (x_test, y_test))`` | uint8 arrays or tensors | class_names |
     | ``(train, test)`` | map-style torch data sets of (image, label) | class_names |
     | Dataset | returned as it is | |
+
+    Every source but ``"scenes"``, which has its own, takes three options more, here or written
+    behind its name, ``"cifar100:classes=0-49,train_per_class=100"``. They choose a part of it
+    (`fastcil.data.subset.Subset`):
+
+    - ``classes``: numbers of the classes to take, ranges with both ends, ``0-49`` or ``3+5+7-9``
+      (or a sequence of whole numbers); their labels are numbered anew from 0 in ascending order;
+    - ``train_per_class``, ``test_per_class``: images to take of each class, evenly over the data
+      set's order, the same every time; a class with fewer gives all.
 
     A relative path that does not exist is looked for under FASTCIL_DATA. Float images of torch
     data sets are taken to lie in [0, 1] and are scaled to 0..255. The EXIF orientation of image
@@ -68,13 +89,17 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
     """
     source, written = _written_options(source)
     options = {**written, **options}
-    reader, allowed, what = _reader(source, skip_bad, download)
+    drawn = isinstance(source, str) and source == "scenes"
+    subset = WHOLE
+    if not drawn:
+        subset = Subset.of_options({o: options.pop(o) for o in OPTIONS if o in options})
+    reader, allowed, what = _reader(source, skip_bad, download, subset)
     for option in options:
         if option not in allowed:
-            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
-            raise DataError(f"{what} has no option {option!r}; {takes}")
+            takes = ", ".join(allowed if drawn else (*allowed, *OPTIONS))
+            raise DataError(f"{what} has no option {option!r}; it takes {takes}")
     data = reader(**options)
-    if data is not source:
+    if not isinstance(source, Dataset):
         _tell(data.skipped)
     return data
 
@@ -85,60 +110,91 @@ def _tell(skipped: Sequence[str]) -> None:
         warnings.warn(f"{len(skipped)} left out, the first: {skipped[0]}", stacklevel=3)
 
 
-def _written_options(source: Any) -> tuple[Any, dict[str, int]]:
-    """Split ``"scenes:classes=8,size=32"`` into its name and its options."""
-    if not isinstance(source, str) or not source.startswith("scenes:"):
+def _written_options(source: Any) -> tuple[Any, dict[str, Any]]:
+    """Split ``"scenes:classes=8,size=32"`` or ``"cifar100:classes=0-49"``: name and options."""
+    if not isinstance(source, str):
         return source, {}
-    options = {}
-    for item in source.partition(":")[2].split(","):
-        name, _, value = item.partition("=")
-        if not value.strip().lstrip("-").isdigit():
-            raise DataError(
-                f"data is '{source}'; write whole numbers, as in 'scenes:classes=8,size=32'"
-            )
-        options[name.strip()] = int(value)
-    return "scenes", options
+    if source.startswith("scenes:"):
+        name, written = "scenes", source.partition(":")[2]
+        example = "whole numbers, as in 'scenes:classes=8,size=32'"
+    else:
+        # What stands behind the last colon, unless it goes on as a path or is one.
+        match = re.fullmatch(r"(.+):(\s*\w+\s*=[^:/\\]*)", source)
+        if match is None or os.path.exists(source):
+            return source, {}
+        name, written = match.groups()
+        example = "options as in 'cifar100:classes=0-49,train_per_class=100'"
+    options: dict[str, Any] = {}
+    for item in written.split(","):
+        option, _, value = (text.strip() for text in item.partition("="))
+        if option == "classes" and name != "scenes":
+            options[option] = value
+        elif value.lstrip("-").isdigit():
+            options[option] = int(value)
+        else:
+            raise DataError(f"data is '{source}'; write {example}")
+    return name, options
 
 
 _Reader = tuple[Callable[..., Dataset], tuple[str, ...], str]
 
 
-def _reader(source: Any, skip_bad: bool, download: bool) -> _Reader:
+def _reader(source: Any, skip_bad: bool, download: bool, subset: Subset) -> _Reader:
     """Choose who reads a source: the function, its options, and what the source is called."""
     if isinstance(source, Dataset):
-        return lambda: source, (), "a Dataset"
+        return lambda: subset.of(source), (), "a Dataset"
     if isinstance(source, (str, os.PathLike)):
-        return _path_reader(source, skip_bad, download)
+        return _path_reader(source, skip_bad, download, subset)
     if isinstance(source, (tuple, list)) and len(source) == 2:
         train, test = source
         if _is_pair(train) and _is_pair(test):
             return (
-                lambda **o: arrays.load_arrays(train, test, skip_bad=skip_bad, **o),
+                lambda **o: subset.of(arrays.load_arrays(train, test, skip_bad=skip_bad, **o)),
                 _NAMES,
                 "a pair of arrays",
             )
         if _is_map_style(train) and _is_map_style(test):
             return (
-                lambda **o: torch_datasets.load_torch_datasets(train, test, skip_bad=skip_bad, **o),
+                lambda **o: subset.of(
+                    torch_datasets.load_torch_datasets(train, test, skip_bad=skip_bad, **o)
+                ),
                 _NAMES,
                 "a pair of torch data sets",
             )
     raise DataError(f"source is {_describe(source)}; {_FORMS}")
 
 
-def _path_reader(source: str | os.PathLike[str], skip_bad: bool, download: bool) -> _Reader:
+def _path_reader(
+    source: str | os.PathLike[str], skip_bad: bool, download: bool, subset: Subset
+) -> _Reader:
     if source == "scenes":
         return scenes.make_scenes, _SCENES, "scenes"
     if source in cifar.ARCHIVES:
-        return lambda: cifar.load_cifar(str(source), download=download), (), str(source)
+        return (
+            lambda: subset.of(cifar.load_cifar(str(source), download=download)),
+            (),
+            str(source),
+        )
     path = resolve(source)
     kind = cifar.find_cifar(path)
     if kind is not None:
-        return lambda: cifar.load_cifar(kind, path=path), (), kind
+        return lambda: subset.of(cifar.load_cifar(kind, path=path)), (), kind
     if path.suffix == ".npz":
-        return lambda **o: arrays.load_npz(path, skip_bad=skip_bad, **o), _NAMES, str(path)
-    _check_tree(path)
-    return lambda: folder.load_folder(path, skip_bad=skip_bad), (), str(path)
+        return (
+            lambda **o: subset.of(arrays.load_npz(path, skip_bad=skip_bad, **o)),
+            _NAMES,
+            str(path),
+        )
+    read = _published_reader(path)
+    if read is None:
+        _check_tree(path)
+        read = folder.load_folder
+    return lambda: read(path, skip_bad=skip_bad, subset=subset), (), str(path)
+
+
+def _published_reader(path: Path) -> Callable[..., Dataset] | None:
+    """Who reads a folder of a published form."""
+    return next((read for tells, read in _PUBLISHED if tells(path)), None)
 
 
 def _check_tree(path: Path) -> None:
@@ -175,7 +231,9 @@ def load_examples(source: Any, *, skip_bad: bool = False) -> tuple[Examples, tup
     | ``(x, y)``, ``(x, y, class_names)`` | uint8 arrays or tensors, or a list of images |
     | mapping | class name to a batch or list of its images |
     | map-style torch data set | items (image, label); its ``classes`` are the names |
-    | Dataset, ``"scenes"``, ``"cifar10"``, ``"cifar100"`` | the training part |
+    | Dataset, ``"scenes"``, and what else `load` reads | the training part |
+
+    Names and paths may have written options, as in `load`: ``"cifar100:classes=50-99"``.
 
     Without class names, the labels that occur are the classes, in ascending order, and their
     decimal forms are the names.
@@ -225,15 +283,33 @@ def _read_examples(
 def _path_examples(
     source: str | os.PathLike[str], skip_bad: bool, skipped: list[str]
 ) -> tuple[Examples, tuple[str, ...]]:
-    path = None if source == "scenes" or source in cifar.ARCHIVES else resolve(source)
-    if path is None or cifar.find_cifar(path) is not None:
+    whole, written = _written_options(source)
+    if whole == "scenes":
         data = load(source)
         return data.train, data.class_names
+    for option in written:
+        if option not in OPTIONS:
+            raise DataError(f"{whole} has no option {option!r}; it takes {', '.join(OPTIONS)}")
+    subset = Subset.of_options(written)
+    path = None if whole in cifar.ARCHIVES else resolve(whole)
+    if path is None or cifar.find_cifar(path) is not None:
+        data = load(whole)
+        return subset.examples(data.train, data.class_names, str(whole))
     if path.suffix == ".npz":
         batch = arrays.read_npz(path, arrays.NPZ_KEYS[:2])
         names = batch["class_names"].tolist() if "class_names" in batch else None
-        return arrays.examples_of_arrays(
+        found = arrays.examples_of_arrays(
             batch["x_train"], batch["y_train"], names, skip_bad, skipped
         )
+        return subset.examples(*found, str(path))
+    read = _published_reader(path)
+    if read is not None:
+        # A data set has two classes or more, what is to be learned may have one.
+        one = subset.classes if subset.classes and len(subset.classes) == 1 else None
+        data = read(
+            path, skip_bad=skip_bad, subset=replace(subset, classes=None) if one else subset
+        )
+        skipped.extend(data.skipped)
+        return Subset(one).examples(data.train, data.class_names, str(path))
     _check_tree(path)
-    return folder.examples_of_folder(path, skip_bad, skipped)
+    return folder.examples_of_folder(path, skip_bad, skipped, subset)

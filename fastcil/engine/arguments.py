@@ -21,8 +21,9 @@ class RunArguments:
     """What every run takes.
 
     Args:
-        data: ``scenes``, a folder, ``.tar`` or ``.npz``, ``cifar100``, ``cifar10``.
-        scenario: ``lfs-N``, ``lfh-N`` or ``bA-incB``.
+        data: ``scenes``, a folder, ``.tar`` or ``.npz``, ``cifar100``, ``cifar10``; a part of
+            one as in ``cifar100:classes=0-49``.
+        scenario: ``lfs-N``, ``lfh-N``, ``bA-incB``, ``task-N`` or ``data-N``.
         memory: ``64MiB``, ``"2000 images"``, ``"20 images/class"``, ``none``, ``unlimited``.
         codec: How exemplars are stored, if no addon says.
         seeds: Comma-separated.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from fastcil.engine.context import EngineContext
 
 
 def count_correct(
-    method: Method, context: EngineContext, examples: Examples, classes: int
+    method: Method,
+    context: EngineContext,
+    examples: Examples,
+    classes: int,
+    tasks: Sequence[int] | None = None,
 ) -> dict[str, dict[str, list[int]]]:
     """Test images classified correctly, for each readout of a method.
 
@@ -24,14 +28,19 @@ def count_correct(
         context: Reads the images.
         examples: Test images of known classes, labels in learning order.
         classes: Known classes.
+        tasks: New classes of each task so far, ``classes`` in all: the scores of an image are
+            compared only among the classes of its own task (task-incremental learning). None:
+            among all known classes.
 
     Returns:
         readout -> {"top1": correct per class, "top5": correct per class, "count": images per
-        class}; with five classes or fewer every image counts as correct in top-5.
+        class}; where an image is compared among five classes or fewer it counts as correct in
+        top-5.
     """
     readouts = method.readouts()
+    own = None if tasks is None else same_task(tasks).to(context.device)
     with evaluating(method):
-        hits = context.scan_labelled(_top5(list(readouts.values())), examples, look="centre")
+        hits = context.scan_labelled(_top5(list(readouts.values()), own), examples, look="centre")
     labels = examples.labels.to(context.device)
     count = torch.bincount(labels, minlength=classes).tolist()
     result = {}
@@ -45,18 +54,46 @@ def count_correct(
     return result
 
 
+def same_task(tasks: Sequence[int]) -> Tensor:
+    """Which classes arrived together, bool [K, K].
+
+    Args:
+        tasks: New classes of each task, K in all.
+
+    Example:
+        >>> same_task([1, 0, 2]).int().tolist()
+        [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
+    """
+    task = torch.arange(len(tasks)).repeat_interleave(torch.tensor(tasks))  # [K]
+    return task[:, None] == task
+
+
 def _top5(
-    readouts: list[Callable[[Tensor], Tensor]],
+    readouts: list[Callable[[Tensor], Tensor]], own: Tensor | None
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """For each readout, whether the label is first and among the first five."""
 
     def judge(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
         columns: list[Tensor] = []
         for readout in readouts:
-            scores = readout(images)
-            best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+            scores = readout(images)  # [B, K]
+            if own is None:
+                best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+            else:
+                best = _rank_within(scores, own[labels])[:, :5]
             right = best == labels[:, None]
             columns += [right[:, 0], right.any(1)]
         return tuple(columns)
 
     return judge
+
+
+def _rank_within(scores: Tensor, own: Tensor) -> Tensor:
+    """Classes by descending score, the image's own ones before all others, int64 [B, K].
+
+    Masking the others' scores would not do: a class of which no exemplar is kept may score -inf
+    itself.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    others_last = (~own.gather(1, order)).int().argsort(dim=1, stable=True)
+    return order.gather(1, others_last)

@@ -44,14 +44,30 @@ def _of_one(method: str, result: Result) -> str:
     tasks = len(result.outcomes[0].tasks)
     average, half = mean_interval(result.per_seed("average"))
     forgets = f", having forgotten {result.forgetting:.1f} points per earlier task"
+    if result.data_incremental:
+        forgets = f", {result.bwt:+.1f} points from the first on"
     return (
         f"{method} classifies {result.last_accuracy:.1f} % of the test images of "
         f"{classes} classes correctly after {tasks} task{'s' * (tasks > 1)}"
-        f"{forgets if tasks > 1 else ''}; guessing would give {100 / max(1, classes):.1f} %. "
+        f"{forgets if tasks > 1 else ''}; {_guessing(result)}. "
         f"Its average accuracy is {average:.1f} %"
         f"{_over_seeds(len(result.outcomes), half)}. "
         f"It keeps {result.exemplars:,.0f} exemplars; {format_bytes(result.nbytes)} count "
         f"towards the budget."
+    )
+
+
+def _guessing(result: Result) -> str:
+    """The accuracy of drawing a class at random, and among which."""
+    tasks = result.outcomes[0].tasks
+    count = next(iter(tasks[-1].correct.values()))["count"]
+    if not result.task_aware:
+        return f"guessing would give {100 / max(1, len(count)):.1f} %"
+    choices = [task.classes for task in tasks for _ in range(task.classes)]  # of each class
+    hits = sum(images / among for images, among in zip(count, choices, strict=True))
+    return (
+        f"the task of each being known, guessing among its classes would give "
+        f"{100 * hits / max(1, sum(count)):.1f} %"
     )
 
 

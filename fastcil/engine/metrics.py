@@ -21,8 +21,10 @@ def accuracy_matrix(
         tasks: Classes that each task brought.
 
     Returns:
-        [T, T]; row t, column j is the accuracy on the classes of task j after task t, NaN for
-        j > t and for a task that brought no new class.
+        [T, T]; row t, column j is the accuracy on the classes that first came with task j, after
+        task t; NaN for j > t and for a task that brought no new class. In a data-incremental
+        stream, whose classes all come with the first task, only the first column has values:
+        the accuracy on all classes after each task.
 
     Example:
         >>> accuracy_matrix([[8], [4, 9]], [[10], [10, 10]], [1, 1])
@@ -54,7 +56,9 @@ def forgetting(matrix: Array) -> float:
     """Mean over earlier tasks of the best past accuracy minus the last (Chaudhry et al. 2018).
 
     F = 1/(T-1) sum_{j<T} (max_{l<T} a_{l,j} - a_{T,j}), in percentage points (their Eq. 3 for
-    k = T); 0 with a single task.
+    k = T); 0 with a single task. Tasks that brought no new class are left out of the mean; what
+    a data-incremental stream forgets is the best past accuracy on all classes minus the last,
+    below 0 where it only gained.
 
     Example:
         >>> forgetting(np.array([[80.0, np.nan], [40.0, 90.0]]))
@@ -71,7 +75,10 @@ def forgetting(matrix: Array) -> float:
 def backward_transfer(matrix: Array) -> float:
     """Mean over earlier tasks of a_{T,j} - a_{j,j} (Lopez-Paz and Ranzato 2017, Eq. 3).
 
-    In percentage points, averaged over the T - 1 earlier tasks; 0 with a single task.
+    In percentage points, averaged over the T - 1 earlier tasks; 0 with a single task. Code
+    descended from theirs averages over all T, the last with its 0: (T - 1) / T of this. Tasks that
+    brought no new class are left out of the mean; a data-incremental stream's figure is the last
+    accuracy on all classes minus that after the first task.
 
     Example:
         >>> backward_transfer(np.array([[80.0, np.nan], [40.0, 90.0]]))

@@ -70,18 +70,21 @@ def plot_curves(results: Results, top: int = 1, legend: bool = True) -> Figure:
 def plot_matrix(result: Result, readout: str | None = None, top: int = 1) -> Figure:
     """Accuracy on each task's classes after each task, mean over seeds; figures up to 10 tasks.
 
+    Tasks that brought no new class have no column.
+
     Args:
         result: Of one method.
         readout: Which way to classify; None for the method's own.
         top: 1 or 5.
     """
     matrix = result.matrix(readout, top)
-    tasks = len(matrix)
+    tasks, own = len(matrix), _bringing(result)
     side = 1.2 + min(3.4, 0.44 * max(tasks, 3))
     figure = make_figure(side + (0.4 if tasks > ANNOTATED else 0), side)
     axes = figure.subplots()
     names = [str(t + 1) for t in range(tasks)]
-    draw_heat(figure, axes, matrix, names, names, limits=(0, 100), places=0)
+    columns = [names[t] for t in own]
+    draw_heat(figure, axes, matrix[:, own], names, columns, limits=(0, 100), places=0)
     axes.set_xlabel("accuracy on the classes of task, %")
     axes.set_ylabel("after task")
     return finish(figure)
@@ -90,14 +93,17 @@ def plot_matrix(result: Result, readout: str | None = None, top: int = 1) -> Fig
 def plot_forgetting(results: Results) -> Figure:
     """How far each earlier task fell from its best accuracy, after the last task.
 
+    Tasks that brought no new class are left out.
+
     Args:
         results: Method -> result; each of two tasks or more.
     """
     figure = make_figure(7.6, 3.2)
     axes = figure.subplots()
     for number, (method, result) in enumerate(results.items()):
-        drops = np.stack([_drops(outcome) for outcome in result.outcomes])  # [seeds, tasks - 1]
-        x = np.arange(1, drops.shape[1] + 1)
+        earlier = [t for t in _bringing(result) if t + 1 < len(result.outcomes[0].tasks)]
+        drops = np.stack([_drops(outcome)[earlier] for outcome in result.outcomes])
+        x = np.array(earlier) + 1
         look = line_look(number)
         axes.plot(x, drops.mean(0), lw=1.9, label=method, **look)
         if len(drops) > 1:
@@ -307,8 +313,12 @@ def _thin(x: NDArray[Any]) -> NDArray[Any]:
     return x[:: -(-len(x) // 12)]
 
 
+def _bringing(result: Result) -> list[int]:
+    """The tasks that brought new classes, from 0."""
+    return [t for t, task in enumerate(result.outcomes[0].tasks) if task.classes]
+
+
 def _drops(outcome: SeedOutcome) -> Array:
-    """Best past accuracy minus the last, of each task but the last; 0 where it brought no class."""
-    matrix = np.nan_to_num(outcome.accuracy_matrix(), nan=-np.inf)[:, :-1]
-    past, last = matrix[:-1].max(0), matrix[-1]
-    return np.where(np.isfinite(last), past - last, 0.0)
+    """Best past accuracy minus the last, of each task but the last; NaN where it has no class."""
+    matrix = outcome.accuracy_matrix()[:, :-1]
+    return np.asarray(np.fmax.reduce(matrix[:-1], axis=0) - matrix[-1])

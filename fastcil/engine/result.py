@@ -25,7 +25,7 @@ class TaskOutcome:
     """What was measured after one task.
 
     Args:
-        classes: New classes that the task brought.
+        classes: New classes that the task brought; 0 if all were known.
         correct: readout -> {"top1", "top5", "count"} -> one number per known class.
         exemplars: Exemplars kept of each known class.
         nbytes: Entry -> bytes held, with the sums "budgeted" and "all".
@@ -33,6 +33,7 @@ class TaskOutcome:
         units: Exemplars held in the papers' image units.
         seconds: Wall time of the task, training to evaluation.
         records: What method and addons left for the report, `fastcil.contract.Record` as dicts.
+        task_aware: Whether each test image was compared only among the classes of its own task.
     """
 
     classes: int
@@ -43,6 +44,7 @@ class TaskOutcome:
     units: float
     seconds: float
     records: list[dict[str, Any]] = field(default_factory=list)
+    task_aware: bool = False
 
 
 @dataclass
@@ -64,7 +66,7 @@ class SeedOutcome:
         return [row[f"top{top}"] for row in rows], [row["count"] for row in rows]
 
     def accuracy_matrix(self, readout: str | None = None, top: int = 1) -> Array:
-        """Accuracy in percent [T, T]: row t after task t, column j on task j's classes."""
+        """Accuracy in percent [T, T]: row t after task t, column j on task j's new classes."""
         correct, count = self._columns(readout, top)
         return metrics.accuracy_matrix(correct, count, [task.classes for task in self.tasks])
 
@@ -77,7 +79,8 @@ class Result:
     """The outcome of `fastcil.train`: one or more seeds of one method.
 
     Accuracies are percentages, means over seeds; ``average_accuracy`` includes the first task
-    ("phase 0"), as the literature's does.
+    ("phase 0"), as the literature's does. Of a task-incremental stream they are accuracies among
+    the classes of each image's own task; of a data-incremental one all are on the same classes.
 
     Args:
         config: All settings, as saved in ``config.yaml``.
@@ -118,8 +121,22 @@ class Result:
 
     @property
     def accuracy_matrix(self) -> Array:
-        """Accuracy in percent [T, T]: row t after task t, column j on task j's classes."""
+        """Accuracy in percent [T, T]: row t after task t, column j on task j's new classes.
+
+        NaN for j > t, and in the column of a task that brought no new class.
+        """
         return self.matrix()
+
+    @property
+    def task_aware(self) -> bool:
+        """Whether each test image was compared only among the classes of its own task."""
+        return self.outcomes[0].tasks[-1].task_aware
+
+    @property
+    def data_incremental(self) -> bool:
+        """Whether the first of several tasks brought all classes."""
+        later = [task.classes for task in self.outcomes[0].tasks[1:]]
+        return bool(later) and not any(later)
 
     def matrix(self, readout: str | None = None, top: int = 1) -> Array:
         """`accuracy_matrix` of another readout, or top-5."""

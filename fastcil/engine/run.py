@@ -47,9 +47,12 @@ def train(
     Args:
         method: The composition, as in ``foster+cim``; `fastcil methods` lists what there is.
         data: ``scenes`` (drawn by fastcil), a folder or ``.tar`` of ``train/<class>/...`` and
-            ``test/<class>/...``, an ``.npz``, ``cifar100``, arrays, torch datasets or a
-            `Dataset`; relative names are also looked for in ``FASTCIL_DATA``.
-        scenario: ``lfs-N``, ``lfh-N``, ``bA-incB`` or a `Scenario`.
+            ``test/<class>/...``, an ``.npz``, ``cifar100``, arrays, torch datasets, a `Dataset`
+            or what else `fastcil.data.load` reads; relative names are also looked for in
+            ``FASTCIL_DATA``. ``"cifar100:classes=0-49,train_per_class=100"`` is a part of one.
+        scenario: New classes in each task: ``lfs-N``, ``lfh-N``, ``bA-incB``; the same with
+            the task known when predicting: ``task-N``; new images of all classes in each task:
+            ``data-N`` (see `fastcil.engine.scenario.split_classes`); or a `Scenario`.
         memory: ``"64MiB"``, ``"2000 images"``, ``"20 images/class"`` or a `Budget`.
         codec: How exemplars are stored, if no addon says.
         seeds: One run each; figures are means over them.
@@ -228,7 +231,14 @@ class SeedRun:
         learner, plan = self.learner, self.plan
         order = plan.scenario.order[: len(learner.class_names)]
         test = pick(plan.dataset.test, Arrival(order), order)
-        correct = count_correct(learner.method, learner.parts.context, test, len(order))
+        task_aware = plan.scenario.task_aware
+        correct = count_correct(
+            learner.method,
+            learner.parts.context,
+            test,
+            len(order),
+            learner.tasks if task_aware else None,
+        )
         limit = plan.budget.limit(len(order))
         return TaskOutcome(
             classes=classes,
@@ -239,6 +249,7 @@ class SeedRun:
             units=learner.memory.units,
             seconds=round(time.monotonic() - self._task_began, 3),
             records=collect_records(learner, task, gallery=self.seed == plan.seeds[0]),
+            task_aware=task_aware,
         )
 
     def _headline(self, number: int, outcome: TaskOutcome) -> dict[str, Any]:

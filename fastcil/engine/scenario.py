@@ -36,10 +36,15 @@ class Scenario:
     again are data-incremental, arrivals with a few ``images`` each are few-shot, ``task_aware``
     streams are scored within each task's classes, and ``online`` ones are seen once.
 
+    A class belongs to the task in which it first arrives; the accuracy matrix's columns are those
+    tasks. A ``task_aware`` stream lets every class arrive once, so that an image has one task.
+
     Args:
         name: How it was asked for.
         arrivals: The tasks.
-        task_aware: Whether the task's identity is known when predicting.
+        task_aware: Whether the task's identity is known when predicting: each test image's
+            scores are then compared only among the classes of its own task, in every readout.
+            Training does not change.
         online: Whether each image is seen once.
     """
 
@@ -71,13 +76,16 @@ def class_order(classes: int, seed: int | None) -> list[int]:
 
 
 def split_classes(text: str, classes: int) -> list[int]:
-    """How many classes each task of a named scenario brings.
+    """How many new classes each task of a named scenario brings.
 
     - ``lfs-N``: all classes in N tasks, as even as can be, larger ones first (Luo et al. 2023,
       "learning from scratch"; 101 classes in 10 tasks are 11 + 9 x 10);
     - ``lfh-N``: half of the classes (rounded up) first, the rest in N tasks ("from half");
     - ``bA-incB``: A classes first, then B at a time, fewer in the last; ``b0-inc10`` begins
-      with 10.
+      with 10;
+    - ``task-N``: as ``lfs-N``, task-incremental: the task of an image is known when predicting;
+    - ``data-N``: data-incremental: all classes in the first of N tasks, which come again in the
+      others with images of their own (see `split_images`).
 
     Raises:
         FastcilError: The name is none of these, or asks for more tasks than there are classes.
@@ -85,16 +93,21 @@ def split_classes(text: str, classes: int) -> list[int]:
     Example:
         >>> split_classes("lfs-3", 20), split_classes("lfh-2", 10), split_classes("b5-inc4", 20)
         ([7, 7, 6], [5, 3, 2], [5, 4, 4, 4, 3])
+        >>> split_classes("task-3", 20), split_classes("data-3", 20)
+        ([7, 7, 6], [20, 0, 0])
     """
-    even = re.fullmatch(r"lf([sh])-(\d+)", text)
+    even = re.fullmatch(r"(lfs|lfh|task|data)-(\d+)", text)
     steps = re.fullmatch(r"b(\d+)-inc(\d+)", text)
     sizes: list[int] = []
     if even:
         tasks = int(even[2])
-        first = [] if even[1] == "s" else [-(-classes // 2)]
-        rest = classes - sum(first)
-        if 0 < tasks <= rest:
-            sizes = first + [rest // tasks + (k < rest % tasks) for k in range(tasks)]
+        if even[1] == "data":
+            sizes = [classes] + [0] * (tasks - 1) if tasks else []
+        else:
+            first = [-(-classes // 2)] if even[1] == "lfh" else []
+            rest = classes - sum(first)
+            if 0 < tasks <= rest:
+                sizes = first + [rest // tasks + (k < rest % tasks) for k in range(tasks)]
     elif steps:
         base, step = int(steps[1]), int(steps[2])
         if step > 0 and 0 < max(base, step) <= classes:
@@ -103,20 +116,71 @@ def split_classes(text: str, classes: int) -> list[int]:
             sizes += [left % step] if left % step else []
     else:
         raise FastcilError(
-            f"scenario is '{text}'; use 'lfs-N', 'lfh-N' or 'bA-incB', as in 'lfs-5' or "
-            f"'b50-inc10'."
+            f"scenario is '{text}'; use 'lfs-N', 'lfh-N', 'bA-incB', 'task-N' or 'data-N', as in "
+            f"'lfs-5' or 'b50-inc10'."
         )
     if not sizes:
         raise FastcilError(
-            f"scenario is '{text}', which {classes} classes cannot fill; ask for fewer tasks."
+            f"scenario is '{text}', which {classes} classes cannot fill; ask for "
+            f"{'at least one task' if even and not int(even[2]) else 'fewer tasks'}."
         )
     return sizes
+
+
+def split_images(labels: Tensor, parts: int, seed: int | None) -> list[Tensor]:
+    """Deals the images of every class to ``parts`` parts, each image to one.
+
+    The images of each class are shuffled by numpy's legacy generator with ``seed`` (None leaves
+    them in order) and dealt out like cards, each class beginning where the one before it ended.
+    So of every class two parts differ by at most one image, and in all by at most one too, if
+    every class has as many images as there are parts. Of a class that has fewer, the first part
+    gets one, for that is where a class is learned first, and later parts one each as far as they
+    go; the first part then exceeds its share by at most one image for each such class.
+
+    Args:
+        labels: int64 [N].
+        parts: How many.
+        seed: Of the shuffle, or None.
+
+    Returns:
+        int64 positions of each part's images, ascending; a part is empty if there are too few.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
+        >>> [part.tolist() for part in split_images(labels, 2, None)]
+        [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+    """
+    count = len(labels)
+    order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(count)
+    shuffled = torch.from_numpy(order)
+    shuffled = shuffled[labels.cpu()[shuffled].argsort(stable=True)]  # class by class
+    part = torch.zeros(count, dtype=torch.int64)  # of each place in `shuffled`
+    start = dealt = dealt_late = 0
+    for size in torch.bincount(labels.cpu()).tolist():
+        cards = torch.arange(size)
+        if size >= parts:
+            part[start : start + size] = (dealt + cards) % parts
+            dealt += size
+        elif size:
+            # The first card stays with the first part, the others go round among the later ones.
+            part[start + 1 : start + size] = 1 + (dealt_late + cards[1:] - 1) % (parts - 1)
+            dealt_late += size - 1
+        start += size
+    sizes = torch.bincount(part, minlength=parts).tolist()
+    by_part = shuffled[part.argsort(stable=True)].split(sizes)
+    return [images.sort().values for images in by_part]
 
 
 def make_scenario(
     scenario: str | Scenario, dataset: Dataset, order_seed: int | None = 1993
 ) -> Scenario:
     """The scenario of a name over a data set; a `Scenario` is checked and handed back.
+
+    Args:
+        scenario: A name (see `split_classes`) or a `Scenario`.
+        dataset: Whose classes and training images arrive.
+        order_seed: Of the class order, and of the shuffle of a ``data-N`` stream; None keeps the
+            data set's own order of both.
 
     Raises:
         FastcilError: An unknown name, or classes or images that the data set does not have.
@@ -125,23 +189,50 @@ def make_scenario(
     _check_complete(dataset)
     if isinstance(scenario, str):
         order = class_order(total, order_seed)
-        arrivals, start = [], 0
-        for size in split_classes(scenario, total):
-            arrivals.append(Arrival(tuple(order[start : start + size])))
-            start += size
-        return Scenario(scenario, tuple(arrivals))
+        if parts := re.fullmatch(r"data-([1-9]\d*)", scenario):
+            arrivals = _data_arrivals(dataset, order, int(parts[1]), order_seed)
+        else:
+            arrivals, start = [], 0
+            for size in split_classes(scenario, total):
+                arrivals.append(Arrival(tuple(order[start : start + size])))
+                start += size
+        return Scenario(scenario, tuple(arrivals), task_aware=scenario.startswith("task-"))
     if not scenario.arrivals:
         raise FastcilError("scenario has no task; give at least one Arrival.")
-    for name in ("task_aware", "online"):
-        if getattr(scenario, name):
-            raise FastcilError(
-                f"scenario.{name} is True, which no method of this version can do; leave it False."
-            )
+    if scenario.online:
+        raise FastcilError(
+            "scenario.online is True, which no method of this version can do; leave it False."
+        )
     known: set[int] = set()
     for number, arrival in enumerate(scenario.arrivals):
         _check_arrival(f"scenario's task {number}", arrival, dataset, known)
+        again = known & set(arrival.classes)
+        if scenario.task_aware and again:
+            raise FastcilError(
+                f"scenario.task_aware is True, but its task {number} brings class {min(again)} "
+                f"again, whose images would belong to two tasks; let every class arrive once, or "
+                f"leave task_aware False."
+            )
         known |= set(arrival.classes)
     return scenario
+
+
+def _data_arrivals(
+    dataset: Dataset, order: Sequence[int], parts: int, seed: int | None
+) -> list[Arrival]:
+    """The tasks of a ``data-N`` stream: each its part of the images, and the classes in it."""
+    labels = dataset.train.labels.cpu()
+    most = len(labels) - len(order) + 1  # One image of each class is in the first.
+    if parts > most:
+        raise FastcilError(
+            f"scenario is 'data-{parts}', which the {len(labels)} training images of "
+            f"'{dataset.name}' cannot fill; ask for at most {most} tasks."
+        )
+    arrivals = []
+    for images in split_images(labels, parts, seed):
+        present = set(labels[images].tolist())
+        arrivals.append(Arrival(tuple(c for c in order if c in present), images))
+    return arrivals
 
 
 def _check_complete(dataset: Dataset) -> None:

@@ -119,6 +119,7 @@ def results_section(comparison: Comparison) -> Html:
         "Average: mean over tasks, the first included, of the accuracy on all classes known. "
         "Last: accuracy on all classes after the last task. Forgetting: mean over earlier tasks "
         "of the best past accuracy minus the last, in points (Chaudhry et al. 2018).",
+        *_stream_notes(comparison),
         f"Means over {seeds} seeds; ± is the half-width of the 95 % interval (Student's t)."
         if seeds > 2
         else f"{'One seed' if seeds == 1 else 'Means over two seeds'}: no intervals below three.",
@@ -129,6 +130,23 @@ def results_section(comparison: Comparison) -> Html:
         table(columns, [_row(comparison, row, several) for row in rows])
         + tag("p", " ".join(notes), class_="note")
     )
+
+
+def _stream_notes(comparison: Comparison) -> list[str]:
+    """What the figures of a stream that is not class-incremental stand for."""
+    result = next(iter(comparison.results.values()))
+    notes = []
+    if result.task_aware:
+        notes.append(
+            "Task-incremental: the task of each test image is known, and its scores are compared "
+            "only among that task's classes."
+        )
+    if result.data_incremental:
+        notes.append(
+            "Data-incremental: every task brings images of the classes that the first one brought, "
+            "so that all accuracies are on the same test images, and forgetting is of these."
+        )
+    return notes
 
 
 def _row(comparison: Comparison, row: Row, several: bool) -> list[Any]:
@@ -174,8 +192,9 @@ def matrix_section(comparison: Comparison) -> Html:
 
 
 def forgetting_section(comparison: Comparison) -> Html:
-    """Forgetting of each earlier task; nothing where there is none."""
-    if any(len(result.outcomes[0].tasks) < 2 for result in comparison.results.values()):
+    """Forgetting of each earlier task; nothing where there is none, or but one that has classes."""
+    results = comparison.results.values()
+    if any(len(result.outcomes[0].tasks) < 2 or result.data_incremental for result in results):
         return Html()
     figure = plot_forgetting(comparison.results)
     return Html(

@@ -14,6 +14,7 @@ from fastcil.engine.scenario import (
     make_scenario,
     pick,
     split_classes,
+    split_images,
 )
 from fastcil.errors import FastcilError
 
@@ -31,6 +32,9 @@ from fastcil.errors import FastcilError
         ("b0-inc30", 100, [30, 30, 30, 10]),
         ("b50-inc5", 100, [50] + [5] * 10),
         ("b20-inc20", 20, [20]),
+        ("task-3", 20, [7, 7, 6]),
+        ("data-3", 20, [20, 0, 0]),
+        ("data-1", 20, [20]),
     ],
 )
 def test_splits(text, classes, sizes):
@@ -39,7 +43,11 @@ def test_splits(text, classes, sizes):
 
 
 @pytest.mark.parametrize(
-    "text", ["lfs-0", "lfs-21", "lfs", "LFS-5", "b0-inc0", "b30-inc5", "5", "lfh-11", "b5"]
+    "text",
+    [
+        *("lfs-0", "lfs-21", "lfs", "LFS-5", "b0-inc0", "b30-inc5", "5", "lfh-11", "b5"),
+        *("task-0", "task-21", "task", "data-0", "data-", "data-x"),
+    ],
 )
 def test_bad_names_are_refused_in_one_sentence(text):
     with pytest.raises(FastcilError, match="scenario is") as caught:
@@ -103,10 +111,72 @@ def test_few_shot_and_data_incremental_streams_fit_the_type(dataset):
             "task 1 has no image of class 0",
         ),
         (Scenario("mine", (Arrival((0,)),), online=True), "scenario.online is True"),
-        (Scenario("mine", (Arrival((0,)),), task_aware=True), "scenario.task_aware is True"),
+        (
+            Scenario("mine", (Arrival((0, 3)), Arrival((2, 3))), task_aware=True),
+            "scenario.task_aware is True, but its task 1 brings class 3 again",
+        ),
+        ("data-10", "the 12 training images of 'four' cannot fill; ask for at most 9 tasks"),
+        ("data-0", "scenario is 'data-0'"),
+        ("data-999999999999", "at most 9 tasks"),
+        ("task-5", "scenario is 'task-5', which 4 classes cannot fill"),
     ],
 )
 def test_a_scenario_that_does_not_fit_is_refused(dataset, scenario, says):
     with pytest.raises(FastcilError, match="scenario") as caught:
         make_scenario(scenario, dataset)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_task_incremental_stream_is_the_class_incremental_one_with_the_task_known(dataset):
+    named, plain = make_scenario("task-2", dataset, 7), make_scenario("lfs-2", dataset, 7)
+    assert named.task_aware and not plain.task_aware
+    assert named.arrivals == plain.arrivals
+    mine = Scenario("mine", (Arrival((2, 0)), Arrival((1,))), task_aware=True)
+    assert make_scenario(mine, dataset) is mine
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize("seed", [None, 0, 1993])
+def test_every_image_is_dealt_once_and_evenly(parts, seed):
+    rng = np.random.default_rng(parts)
+    sizes = rng.integers(1, 14, 6)
+    labels = torch.from_numpy(rng.permutation(np.repeat(np.arange(6), sizes)))
+    dealt = split_images(labels, parts, seed)
+    assert sorted(torch.cat(dealt).tolist()) == list(range(len(labels)))
+    counts = np.stack([np.bincount(labels[images], minlength=6) for images in dealt])
+    assert (counts[0] > 0).all(), "a class is learned when it first comes"
+    assert (np.ptp(counts, axis=0) <= 1).all()
+    assert all((images.diff() > 0).all() for images in dealt)
+    rare = int((sizes < parts).sum())
+    totals = counts.sum(1)
+    assert totals[0] - totals.min() <= rare + 1
+    if rare == 0:
+        assert np.ptp(totals) <= 1
+
+
+def test_parts_of_a_large_set_are_as_large_as_they_can_be():
+    labels = torch.arange(100).repeat_interleave(53)
+    assert {len(images) for images in split_images(labels, 10, 3)} == {530}
+    first, again, other = (split_images(labels, 10, seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    # In order, every tenth image of a class goes to a part.
+    assert split_images(labels, 10, None)[0][:6].tolist() == [0, 10, 20, 30, 40, 50]
+
+
+def test_a_data_incremental_stream_brings_every_class_and_each_image_once(dataset):
+    scenario = make_scenario("data-3", dataset, 5)
+    assert [set(a.classes) for a in scenario.arrivals] == [{0, 1, 2, 3}] * 3
+    assert not scenario.task_aware and scenario.order == tuple(class_order(4, 5))
+    tasks = [pick(dataset.train, a, scenario.order) for a in scenario.arrivals]
+    assert [len(task) for task in tasks] == [4, 4, 4]
+    images = torch.cat([a.images for a in scenario.arrivals])
+    assert sorted(images.tolist()) == list(range(12))
+
+
+def test_later_parts_name_only_the_classes_they_have(dataset):
+    scenario = make_scenario("data-9", dataset)
+    assert set(scenario.arrivals[0].classes) == {0, 1, 2, 3}
+    for arrival in scenario.arrivals:
+        assert set(arrival.classes) == set(dataset.train.labels[arrival.images].tolist())
+    assert sum(len(a.images) for a in scenario.arrivals) == 12
+    assert make_scenario(scenario, dataset) is scenario
