@@ -19,12 +19,15 @@ class Batch:
         part: int64 [B], which part of its stream each image came from (0 is, by convention, the
             task's new data and 1 the exemplars).
         index: int64 [B], the image's position in that part.
+        entry: int64 [B] on the CPU, which entry of its stream's ``pool`` each image is, for a
+            stage whose books are kept on the host; None for batches joined or made by hand.
     """
 
     images: Tensor  # [B, 3, h, w]
     labels: Tensor  # [B]
     part: Tensor  # [B]
     index: Tensor  # [B]
+    entry: Tensor | None = None  # [B]
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -24,6 +24,9 @@ class Method(Persistent):
     memory's update, with features from ``embed``; ``end_task``, whose task carries the updated
     exemplars; the evaluation of every readout; ``release``.
 
+    A method with ``selection = "own"`` chooses its exemplars itself, while it trains: it is told
+    in ``task.room`` how many there will be room for, and answers ``chosen``.
+
     Args:
         config: The method's frozen Config.
         context: Services of the engine.
@@ -31,7 +34,7 @@ class Method(Persistent):
 
     Config: ClassVar[type]
     keeps: ClassVar[Literal["exemplars", "everything", "nothing"]] = "exemplars"
-    selection: ClassVar[Literal["herding", "random"]] = "herding"
+    selection: ClassVar[Literal["herding", "random", "own"]] = "herding"
     auto_augment: ClassVar[bool] = False
     network: Network
 
@@ -66,6 +69,20 @@ class Method(Persistent):
     def embed(self, images: Tensor) -> Tensor:
         """Features [B, D] by which exemplars are selected."""
         return self.network.features(images)
+
+    def beside(self, classes: int) -> int:
+        """Bytes kept beside each exemplar once ``classes`` are known; they take their room."""
+        return 0
+
+    def chosen(self) -> Tensor:
+        """For ``selection = "own"``: what memory is to keep, asked when the stages are done.
+
+        Returns:
+            int64 [n], positions in the task's examples followed by its exemplars, the most wanted
+            first; one may occur several times. Memory keeps as many from the front as fit, in
+            this order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has selection 'own' but no chosen().")
 
     def localiser(self) -> Network:
         """The network whose class activation maps show where an object is."""

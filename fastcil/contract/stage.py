@@ -40,22 +40,34 @@ class Stream:
     it). A stage's first stream is read once an epoch; the others keep it company with full
     batches, and one that runs out within the epoch starts over with a new shuffle.
 
+    Where ``subset`` is a function the positions change as training goes (a reservoir). It is
+    asked at every step, after the step before it is done, and each step draws its batch from
+    them anew, independently, without replacement; no batch while there are none. What it answers
+    must be part of the method's saved state. The first stream can't have one.
+
     Args:
         parts: Data read as one sequence; empty parts are allowed.
         batch_size: Images per step; all of them where there are fewer.
-        subset: int64 positions in that sequence, or None for all of it.
+        subset: int64 positions in that sequence, None for all of it, or a function that gives
+            the positions of the moment, on the CPU.
         views: Simulated compression of the first part, or None.
     """
 
     parts: tuple[Examples, ...]
     batch_size: int
-    subset: Tensor | None = None
+    subset: Tensor | Callable[[], Tensor] | None = None
     views: Views | None = None
 
     def __len__(self) -> int:
-        if self.subset is not None:
+        if isinstance(self.subset, Tensor):
             return len(self.subset)
         return sum(len(part) for part in self.parts)
+
+    def pool(self) -> Tensor:
+        """The positions it draws from now, int64 on the CPU."""
+        if self.subset is None:
+            return torch.arange(len(self))
+        return self.subset.cpu() if isinstance(self.subset, Tensor) else self.subset()
 
 
 class Stepper(Protocol):
@@ -161,7 +173,8 @@ class Stage:
         """One training step; a stage that needs more than loss, backward, step overrides it.
 
         Args:
-            batches: One batch per stream, in order; a stream without any image has none.
+            batches: One batch per stream, in order; a stream without any image has none, nor
+                has one whose ``subset`` is a function that gave no position.
             stepper: Back-propagates and steps the optimiser.
 
         Returns:

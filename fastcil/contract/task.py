@@ -22,6 +22,8 @@ class Task:
         examples: The new training data.
         exemplars: What memory holds of earlier tasks, readable as images; empty in the first.
         name: What a progress line calls the task.
+        room: How many images memory is likely to hold once the task is done, for a method that
+            chooses its exemplars itself (``selection = "own"``); no more than there are images.
 
     Example:
         >>> import numpy as np, torch
@@ -39,6 +41,7 @@ class Task:
     examples: Examples
     exemplars: Examples
     name: str = ""
+    room: int = 0
 
     @property
     def total(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcil.contract import Method, Retained, Task, evaluating
+from fastcil.contract import Method, Task, evaluating
 from fastcil.data import Examples, ImageStore, load_examples
 from fastcil.engine.events import Listener
 from fastcil.engine.export import export_method
@@ -210,6 +210,7 @@ class Learner:
         data = self.seed if engine.data_seed is None else engine.data_seed
         parts = self.parts
         if resume is None:
+            task = parts.with_room(task)
             # Weight draws depend on the task alone, not on what this process did before.
             torch.manual_seed(mix(_INIT, init, task.index))
             for part in parts.learners:
@@ -251,21 +252,14 @@ class Learner:
                 task,
                 lambda examples: self.parts.context.scan(self.method.embed, examples),
                 boxes=boxes,
-                other_nbytes=self._other_nbytes(),
+                other_nbytes=self.parts.other_nbytes(),
                 seed=mix(*key),
+                chosen=self.method.chosen() if self.method.selection == "own" else None,
             )
-
-    def _other_nbytes(self) -> int:
-        """Bytes that the budget must leave for what is kept beside exemplars."""
-        return sum(e.nbytes for e in self._others() if self.budget.counts(e.kind))
-
-    def _others(self) -> list[Retained]:
-        """What method and addons keep beside exemplars."""
-        return [entry for part in self.parts.learners for entry in part.retained()]
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held for old tasks, by entry; those the budget counts are under ``budgeted``."""
-        entries = [self.memory.retained(), *self._others()]
+        entries = [self.memory.retained(), *self.parts.others()]
         held = {entry.name: entry.nbytes for entry in entries}
         budgeted = sum(e.nbytes for e in entries if self.budget.counts(e.kind))
         return {**held, "budgeted": budgeted, "all": sum(e.nbytes for e in entries)}

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcil.contract import Batch, Stream
 from fastcil.data import Augmentation, read_batch, view_geometry
 from fastcil.engine.seeds import generator
+from fastcil.errors import FastcilError
 
 _ORDER, _PIXELS = 0, 1
 
@@ -19,13 +20,17 @@ class Loader:
 
     Nothing is remembered between batches: every shuffle and every augmentation comes from a
     generator keyed by (seed, task, stage, stream, epoch, step), so a run resumes anywhere by
-    asking for the next step, and any worker can make any batch.
+    asking for the next step, and any worker can make any batch. Only a stream whose ``subset`` is
+    a function depends on more: on what that gives when the batch is asked for.
 
     Args:
         streams: What to read; empty ones are left out.
         augmentation: How images are cut and changed.
         device: Where the batch is wanted.
         key: Non-negative numbers that set this stage apart: seed, task, stage.
+
+    Raises:
+        FastcilError: The first stream's subset is a function: an epoch would have no length.
     """
 
     def __init__(
@@ -39,6 +44,11 @@ class Loader:
         for number, stream in enumerate(streams):
             if len(stream):
                 leads = not self._readers
+                if leads and callable(stream.subset):
+                    raise FastcilError(
+                        "subset is a function in the first stream, which sets the length of an "
+                        "epoch; give that stream fixed positions, or None for all."
+                    )
                 self._readers.append(
                     _StreamReader(stream, augmentation, device, (*key, number), leads)
                 )
@@ -54,8 +64,9 @@ class Loader:
         return full + (rest > 1 or (full == 0 and rest > 0))
 
     def batches(self, epoch: int, step: int) -> list[Batch]:
-        """One batch per stream for this step."""
-        return [reader.batch(epoch, step) for reader in self._readers]
+        """One batch per stream for this step; none for a subset that is empty now."""
+        drawn = [reader.batch(epoch, step) for reader in self._readers]
+        return [batch for batch in drawn if batch is not None]
 
 
 class _StreamReader:
@@ -80,6 +91,7 @@ class _StreamReader:
         self.stores = [part.images for part in stream.parts]
         self.labels = torch.cat([part.labels.to(device) for part in stream.parts])
         self.sizes = torch.cat([store.sizes.cpu() for store in self.stores])
+        self.fixed = None if callable(stream.subset) else stream.pool()
         self._epoch_order: tuple[tuple[int, int], Tensor] | None = None
 
     def _order(self, epoch: int, round_: int) -> Tensor:
@@ -88,13 +100,11 @@ class _StreamReader:
             shuffle = torch.randperm(
                 len(self.stream), generator=generator(*self.key, _ORDER, epoch, round_)
             )
-            if self.stream.subset is not None:
-                shuffle = self.stream.subset.cpu()[shuffle]
             self._epoch_order = ((epoch, round_), shuffle)
         return self._epoch_order[1]
 
-    def _positions(self, epoch: int, step: int) -> Tensor:
-        """Positions of this step's images; a short stream starts over with a new shuffle.
+    def _entries(self, epoch: int, step: int) -> Tensor:
+        """Entries of the pool for this step; a short stream starts over with a new shuffle.
 
         The stream that leads ends a pass with what is left; of the others, whose share of a step
         must not depend on where a pass ends, the next pass fills the batch.
@@ -104,15 +114,27 @@ class _StreamReader:
             round_, within = divmod(step, -(-length // wanted))
             return self._order(epoch, round_)[within * wanted : (within + 1) * wanted]
         round_, first = divmod(step * wanted, length)
-        positions = self._order(epoch, round_)[first : first + wanted]
-        missing = wanted - len(positions)
+        entries = self._order(epoch, round_)[first : first + wanted]
+        missing = wanted - len(entries)
         if missing:
-            positions = torch.cat([positions, self._order(epoch, round_ + 1)[:missing]])
-        return positions
+            entries = torch.cat([entries, self._order(epoch, round_ + 1)[:missing]])
+        return entries
 
-    def batch(self, epoch: int, step: int) -> Batch:
-        """The stream's batch of this step."""
-        positions = self._positions(epoch, step)
+    def _draw(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Entries of the pool for this step, and their positions."""
+        if self.fixed is not None:
+            entries = self._entries(epoch, step)
+            return entries, self.fixed[entries]
+        pool = self.stream.pool()
+        draws = generator(*self.key, _ORDER, epoch, step)
+        entries = torch.randperm(len(pool), generator=draws)[: self.stream.batch_size]
+        return entries, pool[entries]
+
+    def batch(self, epoch: int, step: int) -> Batch | None:
+        """The stream's batch of this step; None if its subset is empty now."""
+        entries, positions = self._draw(epoch, step)
+        if not len(positions):
+            return None
         part = torch.bucketize(positions, self.starts[1:], right=True)
         index = positions - self.starts[part]
         draws = generator(*self.key, _PIXELS, epoch, step)
@@ -136,6 +158,7 @@ class _StreamReader:
             self.labels[positions.to(self.device)],
             part.to(self.device),
             index.to(self.device),
+            entries,
         )
 
     def _views(

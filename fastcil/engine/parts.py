@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastcil.contract import Addon, Method, lookup
+from fastcil.contract import Addon, Method, Retained, Task, lookup
 from fastcil.data import Augmentation
 from fastcil.engine.context import EngineContext
 from fastcil.engine.options import Settings
 from fastcil.engine.resolve import make_augmentation, make_backbone_builder
 from fastcil.errors import CompositionError, FastcilError
-from fastcil.memory import Budget, Codec, Memory, make_codec
+from fastcil.memory import Budget, Codec, Memory, likely_room, make_codec
 
 
 @dataclass
@@ -113,6 +113,25 @@ class Parts:
                 f"codec is '{self.memory.codec.name}', which keeps a box of every image sharp; add "
                 f"an addon that finds boxes ('cam', 'cim'), or leave codec out."
             )
+
+    def others(self) -> list[Retained]:
+        """What method and addons keep beside exemplars."""
+        return [entry for part in self.learners for entry in part.retained()]
+
+    def other_nbytes(self) -> int:
+        """Bytes that the budget must leave for what is kept beside exemplars."""
+        return sum(e.nbytes for e in self.others() if self.memory.budget.counts(e.kind))
+
+    def with_room(self, task: Task) -> Task:
+        """The task, told how many images memory will hold if the method chooses them itself.
+
+        Asked at a boundary, when what is kept beside exemplars is that of those held.
+        """
+        if self.method.selection != "own":
+            return task
+        others = self.other_nbytes() - len(self.memory) * self.method.beside(task.known)
+        room = likely_room(self.memory, task, self.method.beside(task.total), others)
+        return replace(task, room=room)
 
     def to_device(self) -> None:
         """Moves networks to the device; memory stays where the reader wants it."""

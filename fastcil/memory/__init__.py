@@ -3,6 +3,7 @@
 from fastcil.memory.budget import Budget
 from fastcil.memory.codecs import Codec, make_codec
 from fastcil.memory.memory import Memory
+from fastcil.memory.room import likely_room
 from fastcil.memory.selection import SELECTIONS, herding, random_order
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Codec",
     "Memory",
     "herding",
+    "likely_room",
     "make_codec",
     "random_order",
 ]

@@ -22,6 +22,8 @@ Keeps = Literal["exemplars", "everything", "nothing"]
 Embed = Callable[[Examples], Tensor]
 """Examples -> features [N, D], by which exemplars are selected."""
 
+OWN = "own"
+
 # Costs in images are sums of fractions, good to about 1e-12; bytes are whole numbers.
 _SLACK = 1e-9
 
@@ -33,10 +35,14 @@ class Memory:
     that keeping fewer of a class means keeping a prefix (Rebuffi et al. 2017, Alg. 5). Selection
     looks at the images as they will be remembered: encoded and decoded.
 
+    With ``selection="own"`` the method chooses instead, from all classes at once: exemplars stand
+    in the order of its choice, which need not be grouped, and the budget is shared by all of them
+    without quotas; fewer are kept by keeping a prefix of the whole.
+
     Args:
         budget: A `Budget`, or the text that `Budget.parse` reads.
         codec: A `Codec`, or the name of one that needs no settings.
-        selection: ``herding`` or ``random``.
+        selection: ``herding``, ``random`` or ``own``.
         keeps: ``exemplars``; ``everything`` to keep all images raw whatever the budget (joint
             training); ``nothing``.
 
@@ -60,9 +66,10 @@ class Memory:
         selection: str = "herding",
         keeps: Keeps = "exemplars",
     ) -> None:
-        if selection not in SELECTIONS:
+        known = (*SELECTIONS, OWN)
+        if selection not in known:
             raise FastcilError(
-                f"selection is '{selection}', which is unknown; {nearest(selection, SELECTIONS)}"
+                f"selection is '{selection}', which is unknown; {nearest(selection, known)}"
             )
         if keeps not in get_args(Keeps):
             raise FastcilError(
@@ -155,6 +162,7 @@ class Memory:
         *,
         other_nbytes: int = 0,
         seed: int = 0,
+        chosen: Tensor | None = None,
     ) -> None:
         """Makes room for a task's classes and keeps exemplars of them.
 
@@ -170,6 +178,7 @@ class Memory:
             boxes: int16 [N, 4], the box of each new image, for a codec that wants them.
             other_nbytes: Bytes of everything else that counts towards a budget in bytes.
             seed: Of the draws of ``random``; give each task its own.
+            chosen: What to keep for ``own``, as `Method.chosen` answers it.
 
         Raises:
             FastcilError: ``other_nbytes`` alone exceeds the budget; the codec lacks boxes;
@@ -189,6 +198,9 @@ class Memory:
             raise FastcilError(
                 f"boxes has {len(boxes)} rows for {len(task.examples)} new images; pass one each."
             )
+        if self.selection == OWN:
+            self._keep_chosen(task, chosen, boxes, other_nbytes)
+            return
         quota = self.budget.quota(task.total, other_nbytes)
         generator = torch.Generator().manual_seed(seed)
         kept, too_dear = self._reduced(quota, set(task.classes))
@@ -205,6 +217,40 @@ class Memory:
         self._hold(kept)
         if too_dear:
             self._warn(too_dear, quota, task.total, other_nbytes)
+
+    def _keep_chosen(
+        self, task: Task, chosen: Tensor | None, boxes: Tensor | None, other_nbytes: int
+    ) -> None:
+        """Keeps the longest prefix of the method's choice that fits, in its order."""
+        new = len(task.examples)
+        if chosen is None or bool(((chosen < 0) | (chosen >= new + len(self))).any()):
+            raise FastcilError(
+                f"chosen is {chosen}; with selection 'own' it must be positions below "
+                f"{new + len(self)}, of the new images and then the exemplars."
+            )
+        chosen = chosen.cpu()
+        if not len(chosen):
+            self._hold([])
+            return
+        old = chosen >= new
+        fresh, again = chosen[~old], chosen[old] - new
+        encoded = self.codec.encode(
+            task.examples.images.select(fresh.to(task.examples.images.pixels.device)),
+            None if boxes is None else boxes[fresh.to(boxes.device)],
+        )
+        images = ImageStore.cat(
+            [encoded.to(self.device), self._images.select(again.to(self.device))]
+        )
+        place = old.int().argsort(stable=True).argsort()  # where each pick stands in `images`
+        left = self.budget.limit(task.total)
+        if self.budget.unit == "bytes":
+            left -= other_nbytes
+        kept = place[: _affordable(self._cost(images).cpu()[place], left)]
+        labels = torch.cat([task.examples.labels.cpu(), self._labels.cpu().long()])[chosen]
+        images = images.select(kept.to(self.device))
+        self._check_fit([images], task.total, other_nbytes)
+        self._images = images
+        self._labels = labels[: len(kept)].to(self.device, torch.int32)
 
     def _reduced(
         self, quota: float, without: set[int]

@@ -25,7 +25,20 @@ from fastcil.errors import FastcilError
 from fastcil.memory import Memory
 
 SIZES = (3, 2, 1)
-COMPOSITIONS = ["finetune", "er", "icarl", "der", "foster", "icarl+cam", "der+cim", "foster+cim"]
+COMPOSITIONS = [
+    "finetune",
+    "er",
+    "lwf",
+    "dark",
+    "darkpp",
+    "icarl",
+    "der",
+    "foster",
+    "icarl+cam",
+    "darkpp+cam",
+    "der+cim",
+    "foster+cim",
+]
 OPTIONS = {
     "engine.epoch_scale": 0.005,
     "engine.batch_size": 16,
@@ -82,12 +95,13 @@ def check_boundary(learner: Learner) -> int:
     said = learner.nbytes()
     assert held == said["budgeted"]
     assert said["all"] == exemplars + sum(nbytes_of(tensors_in(dict(e.buffers))) for e in retained)
-    assert kinds <= {"network"} or budget.count == "all"
+    assert kinds <= {"network", "logits"} or budget.count == "all"
     if memory.keeps != "everything":
         classes = len(learner.class_names)
         limit = budget.limit(classes)
         assert (held if budget.unit == "bytes" else memory.units) <= limit + 1e-6
-        if budget.unit == "images":
+        # What a method chooses itself shares one budget; otherwise each class has its quota.
+        if budget.unit == "images" and memory.selection != "own":
             units = memory.codec.units(memory._images)
             for label in range(classes):
                 mine = float(units[memory._labels == label].sum())
@@ -135,13 +149,15 @@ def test_the_budget_is_kept_at_every_boundary(method, memory, boundaries) -> Non
         known += task.classes
         assert task.nbytes["budgeted"] == held
         assert task.limit == Budget.parse(memory).limit(known)
-        if method == "finetune":
+        if method in ("finetune", "lwf"):
             assert held == 0 and task.exemplars == [0] * known
         else:
-            # Something is kept of every class, and the budget is not left idle.
-            assert min(task.exemplars) >= 1
+            # Something is kept of every class, by chance of most, and the budget is not idle.
+            own = result.learner.memory.selection == "own"
+            assert min(task.exemplars) >= 1 or (own and sum(map(bool, task.exemplars)) > known / 2)
             used = held if "B" in memory else task.units
-            assert used >= 0.5 * task.limit
+            # A method that chooses itself makes room in advance, in the first task for raw images.
+            assert used >= (0.4 if own else 0.5) * task.limit
     assert not exceeds_budget(result)
     assert result.learner.memory.counts(6) == tasks[-1].exemplars
 
@@ -171,7 +187,7 @@ def test_joint_keeps_everything_and_says_so(boundaries) -> None:
 
 
 def test_without_memory_nothing_is_kept(boundaries) -> None:
-    for method in ("er", "icarl", "foster+cim"):
+    for method in ("er", "darkpp", "icarl", "foster+cim"):
         result = run(method, "none")
         assert boundaries[-3:] == [0, 0, 0] and result.exemplars == 0
 

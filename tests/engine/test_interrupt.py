@@ -19,10 +19,14 @@ METHODS = [
     "finetune",
     "joint",
     "er",
+    "lwf",
+    "dark",
+    "darkpp",
     "icarl",
     "der",
     "foster",
     "icarl+cam",
+    "darkpp+cam",
     "der+cim",
     "foster+cim",
 ]
@@ -130,7 +134,7 @@ def test_a_damaged_checkpoint_is_a_sentence(interruptions, tmp_path) -> None:
         run("er", tmp_path)
 
 
-@pytest.mark.parametrize("method", ["finetune", "icarl", "der", "foster+cim"])
+@pytest.mark.parametrize("method", ["finetune", "darkpp", "icarl", "der", "foster+cim"])
 @pytest.mark.parametrize("when", ["training", "remembering"])
 def test_a_learner_that_is_stopped_is_as_it_was(
     method, when, monkeypatch: pytest.MonkeyPatch, assert_same

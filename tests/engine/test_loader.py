@@ -12,6 +12,7 @@ from torch import Tensor
 from fastcil.contract import Stream, Views
 from fastcil.data import Augmentation, Examples, ImageStore
 from fastcil.engine.loader import Loader
+from fastcil.errors import FastcilError
 
 CPU = torch.device("cpu")
 SIDE = 6
@@ -19,6 +20,7 @@ SIDE = 6
 PLAIN = Augmentation(
     SIDE, crop="none", flip=False, brightness=0.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
 )
+SOME = torch.tensor([0, 2, 3, 5, 8, 9])
 BUSY = Augmentation(SIDE, min_scale=0.2, policy="cifar", cutout=2)
 
 
@@ -247,3 +249,48 @@ def test_views_are_for_part_zero_and_by_chance():
     assert compressed(1) == 0
     views.probability = 1.0
     assert compressed(1) == 1
+
+
+def test_a_subset_that_changes_is_asked_at_every_step():
+    """The same bits whenever it answers the same; drawn anew each time, without replacement."""
+    lead = Stream((numbered(12),), 4)
+    answer = torch.arange(3, 12)
+    loader = load(lead, Stream((numbered(12),), 5, subset=lambda: answer), lead)
+    drawn = []
+    for epoch, step in ((0, 0), (0, 1), (1, 0)):
+        batches = loader.batches(epoch, step)
+        changing = batches[1]
+        assert changing.labels.tolist() == answer[changing.entry].tolist()
+        assert len(set(changing.labels.tolist())) == 5
+        assert same(changing, loader.batches(epoch, step)[1])
+        drawn.append(changing.labels.tolist())
+        # The others don't notice.
+        assert same(batches[0], load(lead).batches(epoch, step)[0])
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    answer = torch.tensor([7, 7, 2])
+    assert sorted(loader.batches(0, 2)[1].labels.tolist()) == [2, 7, 7]
+    answer = torch.empty(0, dtype=torch.int64)
+    _, third = loader.batches(0, 2)
+    assert third.labels.tolist() == load(lead, lead, lead).batches(0, 2)[2].labels.tolist()
+    assert loader.steps == 3
+
+
+def test_a_changing_subset_draws_everything_alike():
+    loader = load(Stream((numbered(4),), 4), Stream((numbered(10),), 3, subset=lambda: SOME))
+    counts = Counter(n for epoch in range(600) for n in loader.batches(epoch, 0)[1].index.tolist())
+    assert sorted(counts) == SOME.tolist()
+    assert all(abs(count / 600 - 3 / 6) < 0.08 for count in counts.values())
+
+
+def test_entries_say_which_of_the_subset_an_image_is():
+    subset = torch.tensor([9, 4, 6, 1, 0])
+    for stream in (Stream((numbered(10),), 3), Stream((numbered(10),), 3, subset=subset)):
+        loader = load(stream, stream)
+        for step in range(loader.steps):
+            for batch in loader.batches(2, step):
+                assert torch.equal(stream.pool()[batch.entry], batch.labels)
+
+
+def test_a_changing_subset_can_t_lead():
+    with pytest.raises(FastcilError, match="subset is a function in the first stream"):
+        load(Stream((numbered(4),), 2, subset=lambda: SOME))

@@ -205,7 +205,9 @@ def test_epoch_scale_and_batch_size_reach_every_recipe() -> None:
     assert untouched == Outer()
 
 
-@pytest.mark.parametrize("method", ["finetune", "joint", "er", "icarl", "der", "foster+cim"])
+@pytest.mark.parametrize(
+    "method", ["finetune", "joint", "er", "lwf", "dark", "darkpp", "icarl", "der", "foster+cim"]
+)
 def test_epoch_scale_and_batch_size_reach_every_methods_stages(method: str) -> None:
     """No recipe is short only on paper: nothing that trains has more epochs than asked for."""
     scaled = make_settings(method, {"engine.epoch_scale": 1e-6, "engine.batch_size": 5})

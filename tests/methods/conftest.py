@@ -60,7 +60,7 @@ def make_examples(labels: Sequence[int], seed: int = 0) -> Examples:
 
 
 def make_tasks(sizes: Sequence[int] = SIZES, per_class: int = 12, kept: int = 4) -> list[Task]:
-    """Tasks of ``sizes`` new classes, each with ``kept`` exemplars per old class."""
+    """Tasks of ``sizes`` new classes, each with ``kept`` exemplars per class, old or new."""
     tasks, known = [], 0
     everything = [make_examples([c] * per_class, seed=c) for c in range(sum(sizes))]
     for index, size in enumerate(sizes):
@@ -74,6 +74,7 @@ def make_tasks(sizes: Sequence[int] = SIZES, per_class: int = 12, kept: int = 4)
                 known=known,
                 examples=new,
                 exemplars=Examples.cat(old) if old else none,
+                room=kept * (known + size),
             )
         )
         known += size
@@ -98,13 +99,14 @@ def batch_of(stream: Stream, positions: Tensor) -> Batch:
     return Batch(images, labels, part, index)
 
 
-def draw(stream: Stream, generator: torch.Generator) -> Iterator[Batch]:
-    """Batches of a stream without end."""
-    pool = torch.arange(len(stream)) if stream.subset is None else stream.subset
+def draw(stream: Stream, generator: torch.Generator) -> Iterator[Batch | None]:
+    """Batches of a stream without end; None while its subset is a function that gives nothing."""
     while True:
-        order = pool[torch.randperm(len(pool), generator=generator)]
-        for positions in order.split(stream.batch_size):
-            yield batch_of(stream, positions)
+        pool = stream.pool()
+        order = torch.randperm(len(pool), generator=generator).split(stream.batch_size)
+        for entries in order[:1] if callable(stream.subset) else order:
+            batch = batch_of(stream, pool[entries])
+            yield replace(batch, entry=entries) if len(entries) else None
 
 
 class Loop:
@@ -149,7 +151,8 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = stage.recipe.lr_at(epoch)
             for _ in range(steps):
-                losses = stage.step([next(lane) for lane in lanes], self)
+                drawn = [batch for lane in lanes if (batch := next(lane)) is not None]
+                losses = stage.step(drawn, self)
                 self.losses.setdefault(stage.name, []).append(
                     float(sum(float(v) for v in losses.values()))
                 )

@@ -12,10 +12,11 @@ import torch
 
 from fastcil.contract import Batch, Method, Stage, Task, evaluating, lookup, total
 
-NAMES = ("finetune", "joint", "er", "icarl", "der", "foster")
+NAMES = ("finetune", "joint", "er", "lwf", "dark", "darkpp", "icarl", "der", "foster")
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in NAMES),
     ("joint", {"fresh": False}),
+    ("lwf", {"head": "task", "teacher": "recorded"}),
     ("icarl", {"loss": "softmax"}),
 )
 IDS = [name + "".join(f"-{v}" for v in options.values()) for name, options in VARIANTS]
@@ -32,7 +33,7 @@ def some_batch(lab: SimpleNamespace, stage: Stage, size: int = 10) -> Batch:
     """Images from all over the streams of a stage."""
     batches = []
     for stream in stage.streams:
-        pool = torch.arange(len(stream)) if stream.subset is None else stream.subset
+        pool = stream.pool()
         batches.append(lab.batch_of(stream, pool[:: max(1, len(pool) // size)]))
     return Batch.cat(batches)
 
@@ -173,9 +174,8 @@ def test_restored_in_the_middle_of_every_stage(lab, name, options):
         batch = some_batch(lab, stage)
         for ours, theirs in zip(stage.streams, again.streams, strict=True):
             assert ours.batch_size == theirs.batch_size
-            assert (ours.subset is None) == (theirs.subset is None)
-            if ours.subset is not None:
-                assert torch.equal(ours.subset, theirs.subset)
+            assert callable(ours.subset) == callable(theirs.subset)
+            assert torch.equal(ours.pool(), theirs.pool())
         expected, found = stage.loss(batch), again.loss(batch)
         assert all(torch.equal(found[key], value) for key, value in expected.items())
         with evaluating(method), evaluating(twin), torch.no_grad():
@@ -257,7 +257,12 @@ def test_declarations():
     table = {name: lookup("method", name) for name in NAMES}
     assert {n: c.keeps for n, c in table.items() if c.keeps != "exemplars"} == {
         "finetune": "nothing",
+        "lwf": "nothing",
         "joint": "everything",
     }
-    assert [n for n, c in table.items() if c.selection == "random"] == ["er"]
+    assert {n: c.selection for n, c in table.items() if c.selection != "herding"} == {
+        "er": "random",
+        "dark": "own",
+        "darkpp": "own",
+    }
     assert [n for n, c in table.items() if c.auto_augment] == ["foster"]
