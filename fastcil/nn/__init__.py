@@ -6,6 +6,9 @@ from fastcil.nn.backbones import stem_for as stem_for
 from fastcil.nn.heads import HEADS as HEADS
 from fastcil.nn.heads import LinearHead as LinearHead
 from fastcil.nn.heads import build_head as build_head
+from fastcil.nn.linearize import Linearized as Linearized
+from fastcil.nn.linearize import leaky as leaky
+from fastcil.nn.linearize import linearize as linearize
 from fastcil.nn.losses import alignment_weights as alignment_weights
 from fastcil.nn.losses import balanced_distillation as balanced_distillation
 from fastcil.nn.losses import distillation as distillation
@@ -20,3 +23,5 @@ from fastcil.nn.replace import share_with_pade as share_with_pade
 from fastcil.nn.resnet import resnet18 as resnet18
 from fastcil.nn.resnet import resnet20 as resnet20
 from fastcil.nn.resnet import resnet32 as resnet32
+from fastcil.nn.tangent import TangentConv2d as TangentConv2d
+from fastcil.nn.tangent import TangentLinear as TangentLinear
