@@ -112,12 +112,12 @@ def linearize(module: nn.Module) -> Linearized:
 
     Example:
         >>> from fastcil.nn import LinearHead, Network, resnet20
-        >>> backbone = resnet20(width=4).eval()
+        >>> backbone = resnet20(width=4).double().eval()
         >>> linearized = linearize(backbone)
-        >>> images = torch.randn(2, 3, 32, 32)
-        >>> torch.allclose(linearized(images), backbone(images), atol=1e-5)
+        >>> images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        >>> torch.allclose(linearized(images), backbone(images))
         True
-        >>> Network([linearized], LinearHead(16, classes=5))(images).shape
+        >>> Network([linearized.float()], LinearHead(16, classes=5))(images.float()).shape
         torch.Size([2, 5])
     """
     linearized = Linearized(Traced(module))

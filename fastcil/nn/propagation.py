@@ -202,6 +202,11 @@ class Program:
 
     Raises:
         FastcilError: If the network does what there is no rule for.
+
+    Example:
+        >>> program = Program(Traced(nn.Sequential(nn.Linear(3, 4), nn.ReLU())))
+        >>> [type(step.rule).__name__ for step in program.steps], list(program.layers)
+        (['_Layer', '_Activation'], ['0'])
     """
 
     def __init__(self, traced: Traced) -> None:

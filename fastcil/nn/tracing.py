@@ -94,7 +94,12 @@ class Traced:
         folded: Paths of the layers that a batch norm was folded into.
 
     Raises:
-        FastcilError: If the network cannot be traced.
+        FastcilError: If the network cannot be traced, or overwrites what it still reads.
+
+    Example:
+        >>> traced = Traced(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+        >>> [node.target for node in traced.graph.nodes], traced.folded
+        (['input', '0', '2', 'output'], {'0'})
     """
 
     def __init__(self, module: nn.Module) -> None:
