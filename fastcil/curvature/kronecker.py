@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastcil.curvature.input_factor import ConvInputFactor
 from fastcil.curvature.layers import Layer, find_layers, gradients_at, watched
@@ -66,7 +67,7 @@ class KroneckerFactors:
         estimator: Of the expectation over labels, as there.
         samples: Draws per sample, as there.
         sharing: ``expand`` or ``reduce``, for ``kfac``.
-        dtype: Of the sums.
+        dtype: Of the sums; None for that of the weights, or float32 where these are half.
 
     Attributes:
         count: Samples added so far, less what decayed.
@@ -94,7 +95,7 @@ class KroneckerFactors:
         estimator: Estimator = "sampled",
         samples: int = 1,
         sharing: Literal["expand", "reduce"] = "expand",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if kind not in ("kfac", "tkfac", "xkfac"):
             raise FastcilError(f"kind is {kind!r}; it must be kfac, tkfac or xkfac.")
@@ -112,6 +113,9 @@ class KroneckerFactors:
         self.count = 0.0
         self._likelihood, self._estimator, self._samples = likelihood, estimator, samples
         self._layers = find_layers(model, layers)
+        if dtype is None:
+            weight: Any = self._layers[0].module.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
         self._sums = {layer.name: _LayerSums(layer, kind, sharing, dtype) for layer in self._layers}
 
     @property
@@ -321,6 +325,7 @@ class _LayerSums:
     ) -> None:
         """Becomes the weighted sum of averages; each with its weight and count of samples."""
         (w, n), (w2, n2) = mine, theirs
+        self._grow(other)
         pairs = None
         if self.kind == "xkfac":
             (_, one), (_, two) = self.dense(n), other.dense(n2)
@@ -335,6 +340,26 @@ class _LayerSums:
             self.extra["input_pairs"] = pairs.input + self.inputs.dense()
             self.extra["output_pairs"] = pairs.output + self.outputs.dense()
 
+    def _grow(self, other: _LayerSums) -> None:
+        """Takes on the outputs of a layer that grew: of those that were not, nothing is known."""
+        more = other.outputs.in_channels - self.outputs.in_channels
+        if more > 0 and self.groups == 1:
+            grown = {
+                name: functional.pad(value, (0, more, 0, more)) if name == "gram" else value
+                for name, value in self.outputs.state().items()
+            }
+            self._load_outputs(grown)
+            if "output_pairs" in self.extra:
+                self.extra["output_pairs"] = functional.pad(
+                    self.extra["output_pairs"], (0, more, 0, more)
+                )
+
+    def _load_outputs(self, state: Mapping[str, Tensor]) -> None:
+        """Takes sums, of a layer that may have had fewer outputs then."""
+        outputs = state["gram"].shape[-1] * self.groups
+        self.outputs = ConvInputFactor(outputs, 1, groups=self.groups, dtype=self.outputs.dtype)
+        self.outputs.load_state(state)
+
     def tensors(self) -> dict[str, Tensor]:
         parts = {"input": self.inputs.state(), "output": self.outputs.state(), "extra": self.extra}
         return {f"{part}/{k}": v for part, held in parts.items() for k, v in held.items()}
@@ -345,5 +370,5 @@ class _LayerSums:
             return {k[len(own) :]: v for k, v in tensors.items() if k.startswith(own)}
 
         self.inputs.load_state(of("input"))
-        self.outputs.load_state(of("output"))
+        self._load_outputs(of("output"))
         self.extra = of("extra")

@@ -48,7 +48,8 @@ class Layer:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Its parameters by their name in the model."""
-        return {f"{self.name}.{k}": p for k, p in self.module.named_parameters(recurse=False)}
+        start = f"{self.name}." if self.name else ""
+        return {f"{start}{k}": p for k, p in self.module.named_parameters(recurse=False)}
 
     def input_factor(self, **options: Any) -> ConvInputFactor:
         """An empty factor for its inputs."""

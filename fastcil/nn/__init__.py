@@ -25,3 +25,4 @@ from fastcil.nn.resnet import resnet20 as resnet20
 from fastcil.nn.resnet import resnet32 as resnet32
 from fastcil.nn.tangent import TangentConv2d as TangentConv2d
 from fastcil.nn.tangent import TangentLinear as TangentLinear
+from fastcil.nn.tensors import Tensors as Tensors

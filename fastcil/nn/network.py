@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastcil.errors import FastcilError
 from fastcil.nn.heads import build_head
+from fastcil.nn.tensors import Tensors
 
 
 class Network(nn.Module):
@@ -45,6 +46,7 @@ class Network(nn.Module):
         self.extractors = nn.ModuleList(extractors)
         self.head = head
         self._frozen: set[int] = set()
+        self.norms_frozen = False
         if not self.extractors:
             raise FastcilError("extractors is empty; a network needs at least one.")
         for extractor in self.extractors:
@@ -153,6 +155,26 @@ class Network(nn.Module):
             self._frozen.discard(position)
             self.extractors[position].requires_grad_(True).train(self.training)
 
+    def freeze_norms(self) -> None:
+        """Stops all batch norms from changing: statistics, and scale and shift.
+
+        They stay in evaluation mode, whatever ``train()`` says later; `trained_parameters` leaves
+        theirs out.
+        """
+        self.norms_frozen = True
+        for norm in self._norms():
+            norm.requires_grad_(False).eval()
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """All parameters but those of frozen batch norms."""
+        left_out = {p for norm in self._norms() for p in norm.parameters()}
+        if not self.norms_frozen:
+            left_out = set()
+        return [p for p in self.parameters() if p not in left_out]
+
+    def _norms(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
     def _positions(self, extractors: tuple[int, ...]) -> list[int]:
         count = len(self.extractors)
         for position in extractors:
@@ -165,6 +187,9 @@ class Network(nn.Module):
         super().train(mode)
         for position in self._frozen:
             self.extractors[position].eval()
+        if self.norms_frozen:
+            for norm in self._norms():
+                norm.eval()
         return self
 
     def structure(self) -> dict[str, Any]:
@@ -173,6 +198,7 @@ class Network(nn.Module):
             "kind": self.kind,
             "extractors": len(self.extractors),
             "frozen": list(self.frozen),
+            "norms_frozen": self.norms_frozen,
             "head": self.head.structure(),  # type: ignore[operator]
         }
 
@@ -192,6 +218,8 @@ class Network(nn.Module):
         parameter = next((p for extractor in extractors for p in extractor.parameters()), None)
         network = cls(extractors, head if parameter is None else head.to(parameter.device))
         network.freeze(*structure["frozen"])
+        if structure["norms_frozen"]:
+            network.freeze_norms()
         return network
 
 
@@ -200,7 +228,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def build_module(structure: Mapping[str, Any], make_backbone: Callable[[], nn.Module]) -> nn.Module:
-    """A network or a head as its ``structure()`` described it, with arbitrary weights.
+    """A network, a head or tensors as its ``structure()`` described it, with arbitrary values.
 
     Args:
         structure: As ``structure()`` returned it.
@@ -218,4 +246,6 @@ def build_module(structure: Mapping[str, Any], make_backbone: Callable[[], nn.Mo
     """
     if structure.get("kind") == Network.kind:
         return Network.build(structure, make_backbone)
+    if structure.get("kind") == Tensors.kind:
+        return Tensors.build(structure)
     return build_head(structure)

@@ -5,56 +5,14 @@ from itertools import product
 
 import pytest
 import torch
+from fisher import build, draw, fisher, sample_gradients, small_cnn
 from torch import nn
 from torch.nn import functional
 
 from fastcil.curvature import KroneckerFactors, output_vectors
+from fastcil.curvature.layers import find_layers, gradients_at, watched
 from fastcil.errors import FastcilError
 from fastcil.nn import linearize
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def build(*layers, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(*layers).double()
-
-
-def small_cnn():
-    return build(
-        nn.Conv2d(2, 4, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(4, 6, 3, 2, groups=2, bias=False),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(24, 3),
-    )
-
-
-def sample_gradients(model, names, x, likelihood, labels=None, estimator="exact"):
-    """For every sample and vector the gradient of each layer's weight, bias in the last column."""
-    modules = dict(model.named_modules())
-    found = {name: [] for name in names}
-    for n in range(len(x)):
-        outputs = model(x[n : n + 1])
-        mine = None if labels is None else labels[n : n + 1]
-        for v in output_vectors(outputs, likelihood, estimator, labels=mine):
-            model.zero_grad()
-            outputs.backward(v, retain_graph=True)
-            for name in names:
-                m = modules[name]
-                parts = [m.weight.grad.flatten(1)]
-                parts += [m.bias.grad[:, None]] if m.bias is not None else []
-                found[name].append((n, torch.cat(parts, 1)))
-    return found
-
-
-def fisher(gradients, count):
-    """The dense block, vec stacking columns, so that A ⊗ G is torch.kron(A, G)."""
-    rows = torch.stack([g.T.flatten() for _, g in gradients])
-    return rows.T @ rows / count
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
@@ -349,8 +307,6 @@ def test_what_cannot_be_used_is_named():
 
 def test_gradients_of_samples():
     """Of every kind of layer, the definition of the Fisher information."""
-    from fastcil.curvature.layers import find_layers, gradients_at, watched
-
     model, x = small_cnn(), draw(3, 2, 6, 6)
     layers = find_layers(model)
     truth = sample_gradients(model, [layer.name for layer in layers], x, "gaussian")
