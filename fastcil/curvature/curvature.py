@@ -127,7 +127,7 @@ class DiagonalCurvature(Curvature):
     def merge(self, other: DiagonalCurvature, mine: float, theirs: float) -> None:
         """The weighted sum, exactly; what one of them has not is zero (a head that grew)."""
         for name, value in other._values.items():
-            own = _grown(self._values[name], value.shape) if name in self._values else 0.0
+            own = grown(self._values[name], value.shape) if name in self._values else 0.0
             self._values[name] = mine * own + theirs * value
 
     def tensors(self) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ class DiagonalCurvature(Curvature):
         """A block for each parameter."""
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         return [
-            ((name,), diagonal_product(_grown(value, shapes[name])))
+            ((name,), diagonal_product(grown(value, shapes[name])))
             for name, value in self._values.items()
         ]
 
@@ -202,13 +202,13 @@ class KroneckerCurvature(Curvature):
             if name in self._identity:
                 blocks.append((parameters, _right_product(terms)))
                 continue
-            grown = [
-                Factors(a, _grown(g, (*g.shape[:-2], weight.shape[0], weight.shape[0])))
+            wide = [
+                Factors(a, grown(g, (*g.shape[:-2], weight.shape[0], weight.shape[0])))
                 if g.ndim == 2
                 else Factors(a, g)
                 for a, g in terms
             ]
-            blocks.append((parameters, _as_matrix(kronecker_product(grown), grown[0].output)))
+            blocks.append((parameters, _as_matrix(kronecker_product(wide), wide[0].output)))
         return blocks
 
 
@@ -288,8 +288,13 @@ class EigenCurvature(Curvature):
         return blocks
 
 
-def _grown(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros behind, up to a shape: of units that came later nothing is known."""
+def grown(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros behind, up to a shape: of units that came later nothing is known.
+
+    Example:
+        >>> grown(torch.ones(2), (3,))
+        tensor([1., 1., 0.])
+    """
     if tuple(value.shape) == tuple(shape):
         return value
     pad = [side for old, new in zip(value.shape, shape, strict=True) for side in (new - old, 0)]
@@ -303,7 +308,7 @@ def _grown_block(block: EigenBlock, like: EigenBlock) -> EigenBlock:
         return block
     basis = torch.eye(rows, dtype=old.dtype, device=old.device)
     basis[: len(old), : len(old)] = old
-    values = _grown(block.values, (rows, block.values.shape[1]))
+    values = grown(block.values, (rows, block.values.shape[1]))
     return block._replace(output_basis=basis, values=values)
 
 

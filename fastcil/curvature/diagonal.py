@@ -111,7 +111,7 @@ class DiagonalFisher:
 
 
 class MemoryAwareSynapses:
-    r"""The sensitivity of the squared output to every parameter (Aljundi et al. 2018, Eq. 5).
+    r"""The sensitivity of the squared output to every parameter (Aljundi et al. 2018).
 
     .. math:: \Omega_i = E_n\big[\,\big|\partial_i \lVert f(x_n) \rVert^2\big|\,\big]
 

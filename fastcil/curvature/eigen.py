@@ -46,7 +46,7 @@ class EigenCorrection:
     .. math:: S = E_n\big[(U_G^\top \nabla_n U_A)^2\big]
 
     with :math:`\nabla_n` the gradient of sample n, all positions of a convolution summed (George et
-    al. 2018, Eq. 10 and Alg. 1): the diagonal of the layer's Fisher information in the basis
+    al. 2018): the diagonal of the layer's Fisher information in the basis
     :math:`U_A \otimes U_G`, exactly.
 
     Args:

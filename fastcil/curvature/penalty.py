@@ -35,6 +35,7 @@ class _HalfQuadratic(torch.autograd.Function):
         return (None, *(outer[0] * gradient for gradient in gradients))
 
 
+@torch.compiler.disable
 def half_quadratic(displacements: Sequence[Tensor], products: Sequence[Product]) -> Tensor:
     r"""The value of a quadratic form whose gradient costs nothing more.
 
@@ -42,7 +43,8 @@ def half_quadratic(displacements: Sequence[Tensor], products: Sequence[Product])
         \nabla_{D_l} L = H_l D_l
 
     Every :math:`H_l D_l` is computed once, for the value, and kept for the backward pass; autograd
-    would compute it again from both sides. Differentiable as often as the maps are.
+    would compute it again from both sides. Differentiable as often as the maps are; autocast does
+    not touch it, and torch.compile leaves it as it is.
 
     Args:
         displacements: D, one tensor for each map.
@@ -66,7 +68,8 @@ def half_quadratic(displacements: Sequence[Tensor], products: Sequence[Product])
             f"displacements has {len(displacements)} tensors for {len(products)} products; pass "
             f"one each, and at least one."
         )
-    value: Tensor = _HalfQuadratic.apply(tuple(products), *displacements)
+    with torch.autocast(displacements[0].device.type, enabled=False):
+        value: Tensor = _HalfQuadratic.apply(tuple(products), *displacements)
     return value
 
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastcil.contract import (
     Batch,
@@ -24,7 +23,7 @@ from fastcil.contract import (
     evaluating,
 )
 from fastcil.errors import FastcilError
-from fastcil.nn import Network, distillation
+from fastcil.nn import Network, cross_entropy_among, distillation, outputs_of
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
 _FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -179,18 +178,18 @@ class LwF(Method):
 
     def _mask(self, classes: tuple[int, ...], known: int) -> Tensor:
         """Which outputs belong to some classes, bool [K], beside the network."""
-        mask = torch.zeros(known, dtype=torch.bool)
-        mask[list(classes)] = True
-        return mask.to(linear_head(self.network).weight.device)
+        return outputs_of(classes, known).to(linear_head(self.network).weight.device)
 
     def _warmup(self, new: Tensor, batch: Batch) -> Losses:
         """Cross-entropy over the new classes [K]; the others get no gradient."""
-        return {"classification": _cross_entropy(self.network(batch.images), batch.labels, new)}
+        return {
+            "classification": cross_entropy_among(self.network(batch.images), batch.labels, new)
+        }
 
     def _loss(self, own: Tensor | None, heads: list[int], batch: Batch) -> Losses:
         """Cross-entropy over ``own`` [K] or all outputs, and distillation head by head."""
         logits = self.network(batch.images)  # [B, K]
-        losses = {"classification": _cross_entropy(logits, batch.labels, own)}
+        losses = {"classification": cross_entropy_among(logits, batch.labels, own)}
         old = self._teach(batch)
         if old is not None:
             known = old.shape[1]
@@ -212,10 +211,3 @@ class LwF(Method):
         """Lets the old network go, and what it said."""
         self.teacher = None
         self.recorded = self.recorded.new_empty(0, 0)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, among: Tensor | None) -> Tensor:
-    """Cross-entropy over the outputs that a mask [K] picks, or all."""
-    if among is not None:
-        logits = logits.masked_fill(~among, -torch.inf)
-    return F.cross_entropy(logits, labels)

@@ -11,7 +11,9 @@ from fastcil.nn.linearize import leaky as leaky
 from fastcil.nn.linearize import linearize as linearize
 from fastcil.nn.losses import alignment_weights as alignment_weights
 from fastcil.nn.losses import balanced_distillation as balanced_distillation
+from fastcil.nn.losses import cross_entropy_among as cross_entropy_among
 from fastcil.nn.losses import distillation as distillation
+from fastcil.nn.losses import outputs_of as outputs_of
 from fastcil.nn.network import Network as Network
 from fastcil.nn.network import build_module as build_module
 from fastcil.nn.pade import Pade as Pade

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from fastcil.errors import FastcilError
+from fastcil.nn.linearize import leaky
 from fastcil.nn.resnet import Stem, resnet18, resnet20, resnet32
+
+Activation = Literal["relu", "leaky"]
+"""ReLU, or LeakyReLU of slope 0.01."""
+
+ACTIVATIONS: tuple[Activation, ...] = ("relu", "leaky")
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
@@ -42,6 +49,7 @@ def build_backbone(
     width: int | None = None,
     image_size: int | None = None,
     stem: str | None = None,
+    activation: str = "relu",
     **options: Any,
 ) -> nn.Module:
     """A new feature extractor, its weights drawn from torch's global generator.
@@ -52,25 +60,59 @@ def build_backbone(
         image_size: Side of the training images, which chooses the stem where none is given.
         stem: "imagenet", "small" or "cifar"; None chooses by ``image_size``, or the network's own
             without one.
+        activation: "relu", or "leaky" for LeakyReLU(0.01) in the place of every ReLU, as Achille
+            et al. (2021) and Shon et al. (2022, Sec. 4.1) have it in networks that they linearise.
+            Names of modules and initial weights are the same, so that weights fit both.
         **options: Passed on to the builder, such as ``last_relu``.
 
     Returns:
         A module with ``out_channels`` and ``levels``.
 
     Raises:
-        FastcilError: If the name or the stem is unknown.
+        FastcilError: If the name, the stem or the activation is unknown.
 
     Example:
         >>> build_backbone("resnet18", width=8, image_size=64).out_channels
         64
     """
-    if name not in BACKBONES:
-        near = get_close_matches(name, BACKBONES, 1, 0.0)
-        raise FastcilError(f"backbone is {name!r}; the nearest known one is {near[0]!r}.")
+    builder = _builder(name)
+    if activation not in ACTIVATIONS:
+        raise FastcilError(
+            f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}."
+        )
     if width is not None:
         options["width"] = width
     if stem is None and image_size is not None:
         stem = stem_for(image_size)
     if stem is not None:
         options["stem"] = stem
-    return BACKBONES[name](**options)
+    backbone = builder(**options)
+    return leaky(backbone) if activation == "leaky" else backbone
+
+
+def default_width(name: str) -> int | None:
+    """Channels of the first stage that a network has where none are asked for.
+
+    Args:
+        name: A key of ``BACKBONES``.
+
+    Returns:
+        The width; None for a network that has no such argument.
+
+    Raises:
+        FastcilError: If the name is unknown.
+
+    Example:
+        >>> default_width("resnet18"), default_width("resnet32")
+        (64, 16)
+    """
+    width = inspect.signature(_builder(name)).parameters.get("width")
+    return width.default if width is not None and isinstance(width.default, int) else None
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    """What builds the network of that name."""
+    if name not in BACKBONES:
+        near = get_close_matches(name, BACKBONES, 1, 0.0)
+        raise FastcilError(f"backbone is {name!r}; the nearest known one is {near[0]!r}.")
+    return BACKBONES[name]

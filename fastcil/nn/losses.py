@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,39 @@ def _check(logits: Tensor, teacher: Tensor, temperature: float, names: tuple[str
 def _full(logits: Tensor) -> Tensor:
     """In float32 or better: sums of small probabilities drown in the rounding of half."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_entropy_among(logits: Tensor, labels: Tensor, among: Tensor | None) -> Tensor:
+    """Cross-entropy over some of the outputs, as where every task has a head of its own.
+
+    Args:
+        logits: Of all outputs.  # [B, K]
+        labels: Each one of those picked.  # int64 [B]
+        among: Which outputs to pick, or None for all.  # bool [K]
+
+    Returns:
+        The mean over the batch; outputs that are not picked get no gradient.  # []
+
+    Example:
+        >>> logits, labels = torch.zeros(1, 4), torch.tensor([2])
+        >>> cross_entropy_among(logits, labels, torch.tensor([False, False, True, True]))  # log 2
+        tensor(0.6931)
+    """
+    if among is not None:
+        logits = logits.masked_fill(~among, -torch.inf)
+    return functional.cross_entropy(logits, labels)
+
+
+def outputs_of(classes: Sequence[int], known: int) -> Tensor:
+    """Which of the ``known`` outputs belong to some classes, bool [K].
+
+    Example:
+        >>> outputs_of([1, 2], 4)
+        tensor([False,  True,  True, False])
+    """
+    mask = torch.zeros(known, dtype=torch.bool)
+    mask[list(classes)] = True
+    return mask
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:

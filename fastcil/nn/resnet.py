@@ -6,6 +6,7 @@ networks ResNet-20 and ResNet-32 have three narrow ones, and shortcuts without w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -165,6 +166,23 @@ class ResNet(nn.Module):
             x = stage(x)
             levels.append(x)
         return levels
+
+    @staticmethod
+    def own_name(name: str) -> str:
+        """What a parameter or buffer is called here that torchvision's ResNets name so.
+
+        Args:
+            name: Its name there; one that is none of theirs comes back as it is.
+
+        Example:
+            >>> ResNet.own_name("layer2.0.downsample.0.weight"), ResNet.own_name("bn1.bias")
+            ('stages.1.0.shortcut.0.weight', 'stem.1.bias')
+        """
+        stage = re.fullmatch(r"layer(\d+)\.(\d+\..+)", name)
+        if stage is not None:
+            rest = stage[2].replace(".downsample.", ".shortcut.")
+            return f"stages.{int(stage[1]) - 1}.{rest}"
+        return re.sub(r"^bn1\.", "stem.1.", re.sub(r"^conv1\.", "stem.0.", name))
 
 
 def resnet18(

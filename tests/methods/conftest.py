@@ -34,6 +34,8 @@ class TinyContext:
     def make_backbone(self) -> nn.Module:
         return ConvNet()
 
+    bare_backbone = make_backbone
+
     @torch.no_grad()
     def scan(
         self,
@@ -43,6 +45,16 @@ class TinyContext:
         flip: bool = False,
     ) -> Tensor:
         return function(read(examples, range(len(examples)), flip))
+
+    @torch.no_grad()
+    def scan_labelled(
+        self,
+        function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        examples: Examples,
+        look: str = "whole",
+    ) -> tuple[Tensor, ...]:
+        images = read(examples, range(len(examples)))
+        return function(images, examples.labels, examples.images.sizes)
 
 
 def make_examples(labels: Sequence[int], seed: int = 0) -> Examples:

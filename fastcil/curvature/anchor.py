@@ -1,0 +1,86 @@
+"""What is kept of old tasks by methods that hold weights where they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastcil.contract import Context, evaluating
+from fastcil.curvature.curvature import Curvature, Penalty, Scan, grown
+from fastcil.data import Examples
+from fastcil.nn import Tensors
+
+_WHERE, _HOW = "anchor/", "curvature/"
+
+
+def scan_of(context: Context, model: nn.Module, examples: Examples) -> Scan:
+    """Goes through a task's images, unaugmented, the model being in evaluation mode.
+
+    Args:
+        context: Reads the images.
+        model: What the curvature is measured of.
+        examples: The images.
+    """
+
+    def scan(update: object) -> None:
+        def look(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+            if len(images):
+                update(images, labels)  # type: ignore[operator]
+            return (labels,)
+
+        with evaluating(model):
+            context.scan_labelled(look, examples, look="centre")
+
+    return scan
+
+
+def keep(model: nn.Module, names: Iterable[str], curvature: Curvature | None) -> Tensors:
+    """Where some parameters are now, and the curvature there."""
+    own = dict(model.named_parameters())
+    values = {f"{_WHERE}{name}": own[name].detach().clone() for name in names}
+    if curvature is not None:
+        values |= {f"{_HOW}{name}": value for name, value in curvature.tensors().items()}
+    return Tensors(values)
+
+
+def kept_curvature(kept: Tensors) -> dict[str, Tensor]:
+    """The tensors of the curvature that was kept."""
+    return kept.group(_HOW)
+
+
+def displacements(kept: Tensors, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters less where they were; what came since counts from zero.
+
+    Args:
+        kept: From `keep`.
+        parameters: Of the model, by name; those of a head may have grown.
+    """
+    return {
+        name: parameters[name] - grown(where, parameters[name].shape)
+        for name, where in kept.group(_WHERE).items()
+    }
+
+
+class Hold:
+    """The penalty for leaving what was kept, made when it is first needed.
+
+    Args:
+        kept: From `keep`.
+        curvature: Empty, of the model as it is now.
+    """
+
+    def __init__(self, kept: Tensors, curvature: Curvature) -> None:
+        self.kept = kept
+        curvature.load_tensors(kept_curvature(kept))
+        self._penalty = Penalty(curvature)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """1/2 <D, H D> of the model's displacement, its parameters being those in force."""
+        return self._penalty(displacements(self.kept, dict(model.named_parameters())))
+
+
+def draws(index: int) -> torch.Generator:
+    """The generator of one task's draws."""
+    return torch.Generator().manual_seed(0x5EED + index)

@@ -1,0 +1,201 @@
+"""Weights held where they were by a quadratic penalty: what EWC and its kin are made of."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from fastcil.contract import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Recipe,
+    Retained,
+    Stage,
+    Stream,
+    Task,
+    check_not_negative,
+)
+from fastcil.curvature import Curvature
+from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
+from fastcil.curvature.layers import find_layers
+from fastcil.errors import FastcilError
+from fastcil.nn import Tensors, cross_entropy_among, outputs_of
+from fastcil.nn.lifecycle import linear_head, start_network
+
+FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
+LATER = Recipe(epochs=80, lr=0.1, schedule="step", milestones=(40, 70), weight_decay=2e-4)
+# Continual fine-tuning of a pre-trained network (Shon et al. 2022, Sec. 4.1); its length and
+# batches are not told there.
+FINETUNING = Recipe(
+    epochs=20, lr=1e-3, schedule="constant", momentum=0.9, weight_decay=1e-5, batch_size=32
+)
+
+
+@dataclass(frozen=True)
+class AnchoredConfig:
+    """Settings that all of them share.
+
+    Args:
+        first: Recipe of the first task.
+        later: Recipe of every later task.
+        lam: Weight lambda of the penalty.
+        head: ``all`` known classes share one softmax, whose weights are held too; or each ``task``
+            has its own, which nothing else touches and nothing holds.
+        norms: ``train`` batch norms in every task; or in the ``first`` only, after which their
+            statistics, scale and shift stay as they are (Shon et al. 2022, Sec. 4.1).
+
+    Example:
+        >>> AnchoredConfig().head
+        'all'
+    """
+
+    first: Recipe = FIRST
+    later: Recipe = LATER
+    lam: float = 1.0
+    head: Literal["all", "task"] = "all"
+    norms: Literal["train", "first"] = "train"
+
+    def __post_init__(self) -> None:
+        check_not_negative("lam", self.lam)
+        for name, known in (("head", ("all", "task")), ("norms", ("train", "first"))):
+            if getattr(self, name) not in known:
+                raise FastcilError(
+                    f"{name} is {getattr(self, name)!r}; it must be '{known[0]}' or '{known[1]}'."
+                )
+
+
+class Anchored(Method):
+    r"""Cross-entropy, and a quadratic penalty for leaving the old tasks' weights.
+
+    .. math:: L = \mathrm{CE} + \lambda \, P(\theta)
+
+    Subclasses say which curvature P is made of, and how a task's is added to those before it.
+
+    Attributes:
+        kept: Where the weights were, and the curvature there; empty in the first task.
+    """
+
+    config: Any
+    keeps: ClassVar[Literal["exemplars", "everything", "nothing"]] = "nothing"
+    kept: Tensors
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.kept = Tensors()
+        self._hold: Hold | None = None
+
+    @abstractmethod
+    def curvature(self) -> Curvature:
+        """An empty curvature of the network as it is now."""
+
+    @abstractmethod
+    def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
+        """The curvature of all tasks so far."""
+
+    def names(self) -> list[str]:
+        """Parameters of the network that are held."""
+        network = self.network
+        trained = {id(p) for p in network.trained_parameters()}
+        return [
+            name
+            for name, p in network.named_parameters()
+            if id(p) in trained and (self.config.head == "all" or not name.startswith("head."))
+        ]
+
+    def begin_task(self, task: Task) -> None:
+        """Starts the network, or adds the new classes to its head."""
+        if task.first:
+            self.network = start_network(self.context.make_backbone(), task.total)
+        else:
+            linear_head(self.network).grow(task.total)
+
+    def stages(self, task: Task) -> list[Stage]:
+        """One stage on the new data."""
+        recipe = self.config.first if task.first else self.config.later
+        own = None
+        if self.config.head == "task":
+            own = outputs_of(task.classes, task.total)
+            own = own.to(linear_head(self.network).weight.device)
+
+        weight = self.weight(task) if len(self.kept) else 0.0
+
+        def objective(batch: Batch) -> Losses:
+            return self.loss(batch, own, weight)
+
+        return [
+            Stage(
+                name="finetune with penalty" if len(self.kept) else "finetune",
+                method=self,
+                objective=objective,
+                streams=(Stream((task.examples,), recipe.batch_size),),
+                recipe=recipe,
+                parameters=self.network.trained_parameters,
+                primary=True,
+                logits=self.logits,
+            )
+        ]
+
+    def weight(self, task: Task) -> float:
+        """What the penalty is multiplied by in a task."""
+        lam: float = self.config.lam
+        return lam
+
+    def loss(self, batch: Batch, own: Tensor | None, weight: float) -> Losses:
+        """Cross-entropy over ``own`` [K] or all outputs, and the penalty."""
+        logits = self.network(batch.images)
+        losses = {"classification": cross_entropy_among(logits, batch.labels, own)}
+        if weight:
+            losses["penalty"] = weight * self.penalty()
+        return losses
+
+    def penalty(self) -> Tensor:
+        """P of the network's weights."""
+        if self._hold is None or self._hold.kept is not self.kept:
+            self._hold = Hold(self.kept, self.curvature())
+        return self._hold(self.network)
+
+    def end_task(self, task: Task) -> None:
+        """Measures the curvature at the task's end and adds it to that of the tasks before."""
+        if self.config.norms == "first" and task.first:
+            self.network.freeze_norms()
+        new = self.curvature()
+        new.measure(scan_of(self.context, self.network, task.examples), draws(task.index))
+        old = None
+        if len(self.kept):
+            old = self.curvature()
+            old.load_tensors(kept_curvature(self.kept))
+        merged = self.merge(old, new, task)
+        self.kept = keep(self.network, self.names(), merged)
+        self._hold = None
+
+    def retained(self) -> list[Retained]:
+        """The anchor and the curvature."""
+        buffers = {name: self.kept[name] for name in self.kept.names}
+        return [Retained("curvature", "curvature", buffers)]
+
+
+def added(old: Curvature | None, new: Curvature) -> Curvature:
+    """The sum over tasks."""
+    if old is None:
+        return new
+    old.merge(new, 1.0, 1.0)
+    return old
+
+
+def averaged(old: Curvature | None, new: Curvature, tasks: int) -> Curvature:
+    """The running mean over ``tasks`` tasks, the new one included."""
+    if old is None:
+        return new
+    old.merge(new, (tasks - 1) / tasks, 1 / tasks)
+    return old
+
+
+def held_layers(network: nn.Module, names: Collection[str]) -> list[str]:
+    """Convolutions and linear layers all of whose parameters are among ``names``."""
+    return [layer.name for layer in find_layers(network) if set(layer.parameters) <= set(names)]

@@ -1,0 +1,329 @@
+"""Deep linear continual fine-tuning: a linearised network, squared error, and its curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcil.contract import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Recipe,
+    Retained,
+    Stage,
+    Stream,
+    Task,
+    check_not_negative,
+    check_positive,
+    evaluating,
+)
+from fastcil.curvature import Curvature, make_curvature
+from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
+from fastcil.errors import FastcilError
+from fastcil.methods.anchored import held_layers
+from fastcil.nn import Network, Tensors, build_module, leaky, linearize, outputs_of
+from fastcil.nn.lifecycle import linear_head, start_network
+
+_RECIPE = Recipe(
+    epochs=20, lr=1e-4, schedule="constant", optimizer="adam", weight_decay=1e-5, batch_size=32
+)
+
+
+class DLCFT(Method):
+    r"""Deep linear continual fine-tuning (Shon et al. 2022).
+
+    The extractor is linearised at its pre-trained weights, :math:`g_{lin}(x; \psi) = g(x; \psi_0)
+    + D_\psi g(x; \psi_0)\,\psi` (Eq. 6, `fastcil.nn.linearize`), the logits are :math:`f = w\,
+    g_{lin} + b` (Eq. 7), and in task t
+
+    .. math:: L = \tfrac1t\, E\big[\tfrac12 \lVert \alpha\, \phi(y) - f(x) \rVert^2\big]
+        + \tfrac{t-1}{t}\, L_{reg}, \qquad
+        L_{reg} = \tfrac{\lambda}{2} \langle \Delta, H \Delta \rangle
+        + (1 - \lambda)\, E_M\big[\tfrac12 \lVert \alpha\, \phi(y) - f(x) \rVert^2\big]
+
+    (Eq. 5, 9 to 11 and 14) with :math:`\phi` one-hot, :math:`\Delta` the displacement from the last
+    task's weights, H the running mean of the tasks' curvatures, and M memory; without exemplars
+    :math:`\lambda = 1`. The loss is the sum over classes. With squared error the Hessian in the
+    outputs is the identity, so that H needs no labels, and the classifier's is
+    :math:`E[z z^\top] \otimes I` (Eq. 13), also of units to come, which start at zero.
+
+    f is linear in :math:`\psi` and in w, not in both: with ``classifier="joint"`` H depends on w
+    through :math:`\psi`'s gradients, and is that at each task's end. ``classifier="static"`` is
+    linear in all: :math:`f = w\, g(x; \psi_0) + b + \bar w\, D_\psi g\, \psi`, with
+    :math:`\bar w` the ridge regression of new classes on the pre-trained features of the task that
+    brings them, fixed from then on (after Mu et al. 2020, whose classifier is trained first).
+
+    Example:
+        >>> DLCFT.Config().alpha
+        15.0
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """Settings of DLCFT.
+
+        Adam at 1e-4 and the weight decay are the paper's; how many epochs a task takes, the batch
+        and the slope are not told there, nor which estimator: these are ours.
+
+        Args:
+            first: Recipe of the first task.
+            later: Recipe of every later task.
+            curvature: ``tkfac`` or ``kfac``, the paper's; ``ekfac`` or ``diagonal``.
+            estimator: ``sampled`` normal vectors, or ``exact``: one backward pass for each class.
+            samples: Vectors drawn per image.
+            alpha: Size of the target.
+            lam: lambda; weight of the penalty beside replay.
+            merging: How a task's curvature is merged with those before: ``mean``, all tasks alike,
+                as Eq. 11 weighs their losses; ``text``, the old one (t - 1) / (2t - 1), the new one
+                t / (2t - 1), as Sec. 4.1 words it.
+            head: ``all`` known classes share one classifier, whose weights are held too; or each
+                ``task`` has its own, which nothing holds.
+            classifier: ``joint`` or ``static``.
+            ridge: Of the static classifier's regression, in shares of the features' mean square.
+            slope: Of the LeakyReLUs that take the place of ReLUs; 0 leaves these.
+        """
+
+        first: Recipe = _RECIPE
+        later: Recipe = _RECIPE
+        curvature: Literal["tkfac", "kfac", "ekfac", "diagonal"] = "tkfac"
+        estimator: Literal["sampled", "exact"] = "sampled"
+        samples: int = 1
+        alpha: float = 15.0
+        lam: float = 0.5
+        merging: Literal["mean", "text"] = "mean"
+        head: Literal["all", "task"] = "all"
+        classifier: Literal["joint", "static"] = "joint"
+        ridge: float = 1e-3
+        slope: float = 0.01
+
+        def __post_init__(self) -> None:
+            check_positive("alpha", self.alpha)
+            check_positive("ridge", self.ridge)
+            for name in ("lam", "slope"):
+                check_not_negative(name, getattr(self, name))
+            if self.lam > 1 or self.samples < 1:
+                raise FastcilError(
+                    f"lam is {self.lam} and samples {self.samples}; lam is at most 1, samples at "
+                    f"least 1."
+                )
+            for name, known in (
+                ("curvature", ("tkfac", "kfac", "ekfac", "diagonal")),
+                ("estimator", ("sampled", "exact")),
+                ("merging", ("mean", "text")),
+                ("head", ("all", "task")),
+                ("classifier", ("joint", "static")),
+            ):
+                if getattr(self, name) not in known:
+                    raise FastcilError(
+                        f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
+                    )
+
+    PRESETS: ClassVar[dict[str, Config]] = {
+        "kfac": Config(curvature="kfac"),
+        "tkfac": Config(curvature="tkfac"),
+        "diagonal": Config(curvature="diagonal"),
+        "task": Config(head="task"),
+    }
+
+    config: Config
+    selection = "random"
+    kept: Tensors
+    static: Tensor  # [K, D], the classifier of the linear part; empty with a joint one
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.kept = Tensors()
+        self.register_buffer("static", torch.empty(0, 0))
+        self._hold: Hold | None = None
+
+    def restore(self, structure: Mapping[str, Any]) -> None:
+        """Rebuilds the linearised network, and what is kept."""
+        for name, described in structure.items():
+            setattr(self, name, build_module(described, self._extractor))
+
+    def _extractor(self) -> nn.Module:
+        backbone = self.context.make_backbone().eval()
+        if self.config.slope:
+            backbone = leaky(backbone, self.config.slope)
+        return linearize(backbone)
+
+    def begin_task(self, task: Task) -> None:
+        """Linearises the pre-trained extractor, or adds classes whose weights start at zero."""
+        if task.first:
+            self.network = start_network(self._extractor(), task.total)
+        else:
+            linear_head(self.network).grow(task.total)
+        head = linear_head(self.network)
+        with torch.no_grad():
+            head.weight[task.known :].zero_()
+            if head.bias is not None:
+                head.bias[task.known :].zero_()
+        if self.config.classifier == "static":
+            rows = self._regressed(task)
+            self.static = torch.cat([self.static, rows]) if len(self.static) else rows
+
+    def _regressed(self, task: Task) -> Tensor:
+        """Ridge regression of a task's new classes on the pre-trained features, [new, D]."""
+        extractor: Any = self.network.extractors[0]
+        with evaluating(self.network):
+            features = self.context.scan(
+                lambda images: extractor.tangent(images)[0].mean((2, 3)), task.examples
+            ).double()
+        labels = task.examples.labels.to(features.device)
+        targets = self.config.alpha * F.one_hot(labels, task.total).double()[:, task.known :]
+        centred = features - features.mean(0)
+        gram = centred.T @ centred
+        gram += (
+            self.config.ridge
+            * gram.diagonal().mean().clamp(min=1e-12)
+            * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
+        rows = torch.linalg.solve(gram, centred.T @ (targets - targets.mean(0))).T
+        return rows.to(linear_head(self.network).weight.dtype)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """f of the images, [B, K]."""
+        scores: Tensor = self._scores()(images)
+        return scores
+
+    def _scores(self) -> _Scores:
+        return _Scores(self.network, self.static)
+
+    def stages(self, task: Task) -> list[Stage]:
+        """One stage, with memory as a second stream."""
+        config = self.config
+        recipe = config.first if task.first else config.later
+        streams = [Stream((task.examples,), recipe.batch_size)]
+        if len(task.exemplars):
+            new, count = len(task.examples), len(task.examples) + len(task.exemplars)
+            streams.append(
+                Stream(
+                    (task.examples, task.exemplars),
+                    recipe.batch_size,
+                    subset=torch.arange(new, count),
+                )
+            )
+        own = None
+        if config.head == "task":
+            own = outputs_of(task.classes, task.total)
+            own = own.to(linear_head(self.network).weight.device)
+        return [
+            Stage(
+                name="dlcft",
+                method=self,
+                objective=partial(self._loss, own, task.index + 1, len(streams) > 1),
+                streams=tuple(streams),
+                recipe=recipe,
+                parameters=lambda: self.network.parameters(),
+                primary=True,
+                logits=self.logits,
+            )
+        ]
+
+    def _loss(self, own: Tensor | None, tasks: int, replays: bool, batch: Batch) -> Losses:
+        """Squared error of new images and, with (t - 1) / t, the penalty and memory's error."""
+        errors = self._errors(batch, own)
+        new = batch.part == 0
+        losses = {"classification": _mean(errors, new) / tasks}
+        share, lam = (tasks - 1) / tasks, self.config.lam if replays else 1.0
+        if replays:
+            losses["replay"] = share * (1 - lam) * _mean(errors, ~new)
+        if len(self.kept):
+            losses["penalty"] = share * lam * self._penalty()
+        return losses
+
+    def _errors(self, batch: Batch, own: Tensor | None) -> Tensor:
+        """Half the squared distance to the target, summed over classes (Eq. 5), [B].
+
+        Among the task's own classes alone where every task has a head; an exemplar of another has
+        no target there and counts among all.
+        """
+        logits = self.logits(batch.images)
+        targets = self.config.alpha * F.one_hot(batch.labels, logits.shape[1]).to(logits)
+        squares = (targets - logits).square()
+        if own is not None:
+            squares = squares * (own | (batch.part == 1)[:, None])
+        return 0.5 * squares.sum(1)
+
+    def _penalty(self) -> Tensor:
+        if self._hold is None or self._hold.kept is not self.kept:
+            self._hold = Hold(self.kept, self._curvature())
+        return self._hold(self._scores())
+
+    def _held(self) -> list[str]:
+        """Parameters that are held, named as in `_Scores`."""
+        return [
+            name
+            for name, _ in self._scores().named_parameters()
+            if self.config.head == "all" or not name.startswith("network.head.")
+        ]
+
+    def _curvature(self) -> Curvature:
+        config, scores = self.config, self._scores()
+        names = self._held()
+        layers = names if config.curvature == "diagonal" else held_layers(scores, names)
+        return make_curvature(
+            config.curvature,
+            scores,
+            layers,
+            likelihood="gaussian",
+            estimator=config.estimator,
+            samples=config.samples,
+            identity=[name for name in layers if name == "network.head"],
+        )
+
+    def end_task(self, task: Task) -> None:
+        """Measures the curvature at the task's end and merges it with those before."""
+        new, tasks = self._curvature(), task.index + 1
+        new.measure(scan_of(self.context, self, task.examples), draws(task.index))
+        if len(self.kept):
+            old = self._curvature()
+            old.load_tensors(kept_curvature(self.kept))
+            total = tasks if self.config.merging == "mean" else 2 * tasks - 1
+            mine = tasks - 1
+            old.merge(new, mine / total, (total - mine) / total)
+            new = old
+        self.kept = keep(self._scores(), self._held(), new)
+        self._hold = None
+
+    def retained(self) -> list[Retained]:
+        """The anchor and the curvature."""
+        buffers = {name: self.kept[name] for name in self.kept.names}
+        return [Retained("curvature", "curvature", buffers)]
+
+
+class _Scores(nn.Module):
+    """f as a module of its own: what the curvature is of.
+
+    Args:
+        network: Extractor and classifier.
+        static: Classifier of the linear part; empty for the one and only.
+    """
+
+    def __init__(self, network: Network, static: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.static = static
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> f [B, K]."""
+        if not len(self.static):
+            scores: Tensor = self.network(images)
+            return scores
+        extractor: Any = self.network.extractors[0]
+        primal, tangent = (part.mean((2, 3)) for part in extractor.tangent(images))
+        own: Tensor = self.network.head(primal)
+        return own + tangent @ self.static.T
+
+
+def _mean(terms: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the terms [B] that a mask picks; 0 if it picks none."""
+    return torch.where(mask, terms, 0.0).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,184 @@
+"""Elastic weight consolidation, with an anchor for each task or one for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastcil.contract import Context, Recipe, Task, check_not_negative
+from fastcil.curvature import Curvature, make_curvature
+from fastcil.curvature.anchor import displacements
+from fastcil.methods.anchored import FINETUNING, Anchored, AnchoredConfig, added
+from fastcil.nn import Tensors
+
+_CIFAR10 = Recipe(
+    epochs=50, lr=0.03, schedule="constant", momentum=0.0, weight_decay=0.0, batch_size=32
+)
+_MNIST = replace(_CIFAR10, epochs=1, batch_size=10)
+
+
+@dataclass(frozen=True)
+class FisherConfig(AnchoredConfig):
+    """Settings that both forms share; see `EWC.Config`.
+
+    Example:
+        >>> FisherConfig().estimator
+        'empirical'
+    """
+
+    estimator: Literal["empirical", "sampled", "exact"] = "empirical"
+    per: Literal["sample", "batch"] = "sample"
+
+
+class EWC(Anchored):
+    r"""Elastic weight consolidation (Kirkpatrick et al. 2017, Eq. 3), an anchor for every task.
+
+    .. math:: L = \mathrm{CE} + \frac\lambda2 \sum_{k<t} \sum_i F_i^k (\theta_i - \theta_i^k)^2
+
+    with :math:`F^k` the diagonal of the Fisher information of task k at its weights
+    :math:`\theta^k` (`fastcil.curvature.DiagonalFisher`). The sum over tasks is kept as what it is,
+    one quadratic function of the weights: about the last anchor, with a linear term; so memory
+    does not grow, and nothing is approximated. Much released code leaves out the half: its lambda
+    is half of this one.
+
+    Example:
+        >>> EWC.Config().lam
+        1.0
+    """
+
+    @dataclass(frozen=True)
+    class Config(FisherConfig):
+        """Settings of EWC; the recipes are those of `Finetune`.
+
+        Args:
+            first: Recipe of the first task.
+            later: Recipe of every later task.
+            lam: lambda.
+            head: ``all`` known classes share one softmax; or each ``task`` has its own head.
+            norms: Whether batch norms ``train`` in every task, or in the ``first`` only.
+            estimator: Labels of the Fisher information: ``empirical``, the true ones;
+                ``sampled`` from the model; ``exact``, all of them by their probability.
+            per: Whether gradients of every ``sample`` are squared, or mean gradients of a
+                ``batch``, as some released code does.
+        """
+
+    PRESETS: ClassVar[dict[str, Any]] = {
+        "finetuning": Config(first=FINETUNING, later=FINETUNING, norms="first"),
+        "finetuning-task": Config(first=FINETUNING, later=FINETUNING, norms="first", head="task"),
+    }
+
+    config: Config
+    pull: Tensors
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.pull = Tensors()
+
+    def curvature(self) -> Curvature:
+        """The diagonal of the Fisher information."""
+        return make_curvature(
+            "diagonal",
+            self.network,
+            self.names(),
+            estimator=self.config.estimator,
+            per=self.config.per,
+        )
+
+    def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
+        """The sum; about the new anchor, the old tasks pull back towards theirs."""
+        if old is not None:
+            moved = displacements(self.kept, dict(self.network.named_parameters()))
+            self.pull = _pull(self.pull, old.tensors(), moved)
+        return added(old, new)
+
+    def penalty(self) -> Tensor:
+        """Of all anchors, but for a constant."""
+        value = super().penalty()
+        if not len(self.pull):
+            return value
+        moved = displacements(self.kept, dict(self.network.named_parameters()))
+        with torch.autocast(value.device.type, enabled=False):
+            terms = [
+                torch.sum(moved[name][: len(pull)] * pull)
+                for name, pull in self.pull.group("").items()
+            ]
+            return value + torch.stack(terms).sum()
+
+
+def _pull(before: Tensors, fisher: dict[str, Tensor], moved: dict[str, Tensor]) -> Tensors:
+    """Sum over anchors k of F^k (anchor now - anchor k): what F and the last step add to it."""
+    with torch.no_grad():
+        pulls = {}
+        for name, value in fisher.items():
+            step = value * moved[name][: len(value)]
+            if name in before.names:
+                step[: len(before[name])] += before[name]
+            pulls[name] = step
+    return Tensors(pulls)
+
+
+class OnlineEWC(Anchored):
+    r"""Online elastic weight consolidation (Schwarz et al. 2018): one anchor.
+
+    .. math:: L = \mathrm{CE} + \frac\lambda2 \sum_i F_i (\theta_i - \theta_i^{t-1})^2, \qquad
+        F \leftarrow \gamma F + F^t
+
+    (Chaudhry et al. 2018 and Huszár 2018 give the single anchor). Much released code leaves out
+    the half: its lambda is half of this one.
+
+    Example:
+        >>> OnlineEWC.PRESETS["cifar10"].lam
+        20.0
+    """
+
+    @dataclass(frozen=True)
+    class Config(FisherConfig):
+        """Settings of online EWC; the recipes are those of `Finetune`.
+
+        ``PRESETS`` are those of Buzzega et al.'s released code for Seq-CIFAR-10 and Seq-MNIST,
+        their lambdas doubled for the half in the loss.
+
+        Args:
+            first: Recipe of the first task.
+            later: Recipe of every later task.
+            lam: lambda.
+            head: ``all`` known classes share one softmax; or each ``task`` has its own head.
+            norms: Whether batch norms ``train`` in every task, or in the ``first`` only.
+            estimator: Labels of the Fisher information, as in `EWC`.
+            per: Whose gradients are squared, as in `EWC`.
+            gamma: Factor of the old tasks' Fisher information.
+        """
+
+        gamma: float = 1.0
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_not_negative("gamma", self.gamma)
+
+    PRESETS: ClassVar[dict[str, Any]] = {
+        "finetuning": Config(first=FINETUNING, later=FINETUNING, norms="first"),
+        "cifar10": Config(first=_CIFAR10, later=_CIFAR10, lam=20.0),
+        "mnist": Config(first=_MNIST, later=_MNIST, lam=180.0),
+    }
+
+    config: Config
+
+    def curvature(self) -> Curvature:
+        """The diagonal of the Fisher information."""
+        return make_curvature(
+            "diagonal",
+            self.network,
+            self.names(),
+            estimator=self.config.estimator,
+            per=self.config.per,
+        )
+
+    def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
+        """The old one times gamma, and the new."""
+        if old is None:
+            return new
+        old.merge(new, self.config.gamma, 1.0)
+        return old
