@@ -15,11 +15,26 @@ Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
+class Group:
+    """Cases whose ratios are taken together.
+
+    Attributes:
+        name: What they have in common.
+        peers: Ways of which the fastest in each case counts.
+        aim: What the geometric mean of its time in times of ours should be at least.
+    """
+
+    name: str
+    peers: tuple[str, ...]
+    aim: float
+
+
+@dataclass(frozen=True)
 class OpCase:
     """One input of an op.
 
     Attributes:
-        op: Its name in ``fastcil.ops``.
+        op: Its name in ``fastcil.ops``, or that of what is timed.
         name: What is done, and to what.
         ways: Names of what is timed, `OURS` first.
         make: The named way as a step to time, of full or of small size; its result has been
@@ -29,6 +44,8 @@ class OpCase:
         aims: How many times as long as ours another way should take at least.
         most_ms: How many milliseconds ours should take at most.
         device: Where it is timed, "cpu" or "cuda".
+        note: How ours does it, to be shown behind the name.
+        group: Which it belongs to.
     """
 
     op: str
@@ -39,6 +56,8 @@ class OpCase:
     aims: Mapping[str, float] = field(default_factory=dict)
     most_ms: float | None = None
     device: str = "cpu"
+    note: Callable[[], str] | None = None
+    group: Group | None = None
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}"

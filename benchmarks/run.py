@@ -15,13 +15,16 @@ import json
 import os
 import re
 import statistics
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import bench_cam_boxes
 import bench_herding
+import bench_input_factor
 import bench_pade
+import bench_penalty
 import bench_read
 import bench_reconstruct
 import bench_soft_compose
@@ -42,6 +45,8 @@ MODULES = (
     bench_read,
     bench_reconstruct,
     bench_herding,
+    bench_input_factor,
+    bench_penalty,
 )
 CASES: tuple[OpCase, ...] = tuple(case for module in MODULES for case in module.CASES)
 CASES += tuple(gpu_cases.CASES)
@@ -54,6 +59,13 @@ PEERS = (
     "kornia",
     "torchcam",
     "torchvision",
+    "asdfghjkl",
+    "kfac-pytorch",
+    "curvlinops-for-pytorch",
+    "nngeometry",
+    "kronfluence",
+    "backpack-for-pytorch",
+    "singd",
 )
 FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "device")
 MARKS = ("<!-- ops -->", "<!-- /ops -->")
@@ -81,9 +93,14 @@ def measure(case: OpCase, rounds: int) -> dict[str, Any]:
     with threads(case.threads):
         steps, wrong = make_steps(case)
         taken = CLOCKS[case.device](steps, rounds)
+    optional = {
+        "note": case.note() if case.note else None,
+        "group": asdict(case.group) if case.group else None,
+    }
     return {
         "op": case.op,
         "name": case.name,
+        **{key: value for key, value in optional.items() if value is not None},
         "threads": case.threads,
         "aims": dict(case.aims),
         "most_ms": case.most_ms,
@@ -133,8 +150,34 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
+def geometric_means(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    """A line on each group of cases, and whether its aim is reached by the least times."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "group" in row and set(row["group"]["peers"]) & set(row["ways"]):
+            groups.setdefault((row["op"], row["group"]["name"]), []).append(row)
+    lines = []
+    for (op, name), members in groups.items():
+        least, median = (
+            statistics.geometric_mean(
+                min(row["ways"][way][kind] for way in row["group"]["peers"] if way in row["ways"])
+                / row["ways"][OURS][kind]
+                for row in members
+            )
+            for kind in ("min", "median")
+        )
+        lines.append(
+            (
+                f"`{op}`, {name}: the best package takes {times(least)} ({times(median)}) times as "
+                f"long, in the geometric mean of {len(members)}",
+                least >= members[0]["group"]["aim"],
+            )
+        )
+    return lines
+
+
 def table(content: dict[str, Any]) -> str:
-    """The Markdown table of kept figures, and a line that says where they come from."""
+    """The Markdown table of kept figures, and lines that say where they come from."""
     lines = [
         "| op | on | ms (median) | others, in times of ours by their least (by their medians) |",
         "|---|---|---:|---|",
@@ -147,13 +190,14 @@ def table(content: dict[str, Any]) -> str:
             if way != OURS
         )
         others += "".join(f", {way}: wrong result" for way in row["wrong"])
-        cells = [f"`{row['op']}`", row["name"], f"{ours['min']:.3g} ({ours['median']:.3g})", others]
+        on = row["name"] + (f" ({row['note']})" if "note" in row else "")
+        cells = [f"`{row['op']}`", on, f"{ours['min']:.3g} ({ours['median']:.3g})", others]
         lines.append("| " + " | ".join(cells) + " |")
     facts = content["environment"]
     peers = "".join(f", {name} {version}" for name, version in facts["peers"].items())
     if facts["device"] == "cpu":
         device = facts["processor"]
-        how = "reading and reconstruction on one thread, all else on two"
+        how = "reading, reconstruction and input factors on one thread, all else on two"
     else:
         device = facts["device"]
         how = "by the GPU's clock, its cache empty; copy: as many bytes as the op must move"
@@ -161,7 +205,8 @@ def table(content: dict[str, Any]) -> str:
         f"`{content['command']}`; {facts['rounds']} rounds, {device}, torch {facts['torch']}"
         f"{peers}, Python {facts['python']}, commit {facts['commit']}; {how}."
     )
-    return "\n".join([*lines, "", where])
+    means = "".join(f"{line}.\n" for line, _ in geometric_means(content["cases"]))
+    return "\n".join([*lines, "", means + where])
 
 
 def missed(row: dict[str, Any]) -> list[str]:
@@ -207,16 +252,19 @@ def main() -> None:
         facts = {name: value for name, value in environment(device).items() if name in FACTS}
         facts |= {"rounds": arguments.rounds, "peers": versions() if device == "cpu" else {}}
         facts["large_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
-        path = file_of(facts)
+        path, rows = file_of(facts), []
         for case in CASES:
             if case.device != device or (only and case.op not in only):
                 continue
             row = measure(case, arguments.rounds)
             keep(path, [row], facts)
+            rows.append(row)
             print(case, *(f"  {way}: {ms}" for way, ms in row["ways"].items()), sep="\n")
             for line in missed(row):
                 print(f"  MISSED: {line}")
             torch.compiler.reset()
+        for line, reached in geometric_means(rows):
+            print(line if reached else f"MISSED: {line}")
         print(path)
     else:
         readme = ROOT / "README.md"

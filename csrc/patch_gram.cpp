@@ -92,12 +92,20 @@ class Patches {
     const T* from =
         x_ + image * strides_[0] + column / taps * strides_[1] + y * strides_[2];
     const T by = scale(image);
-    const int64_t first = begin % outputs_[1];
-    for (int64_t o = first; o < first + end - begin; ++o, to += kTile) {
-      const int64_t at = o * convolution_.stride[1] + shift;
-      const bool inside = y >= 0 && y < size_[0] && at >= 0 && at < size_[1];
-      *to = inside ? by * from[at * strides_[3]] : T(0);
+    const int64_t first = begin % outputs_[1], last = first + end - begin;
+    // Where the tap lies in the image: first <= low <= high <= last.
+    const int64_t step = convolution_.stride[1];
+    int64_t low = last, high = last;
+    if (y >= 0 && y < size_[0]) {
+      const auto up = [&](int64_t at) { return at <= 0 ? 0 : (at + step - 1) / step; };
+      low = std::clamp(up(-shift), first, last);
+      high = std::clamp(up(size_[1] - shift), low, last);
     }
+    for (int64_t o = first; o < low; ++o, to += kTile) *to = T(0);
+    const T* at = from + (low * step + shift) * strides_[3];
+    const int64_t jump = step * strides_[3];
+    for (int64_t o = low; o < high; ++o, to += kTile, at += jump) *to = by * *at;
+    for (int64_t o = high; o < last; ++o, to += kTile) *to = T(0);
   }
 };
 

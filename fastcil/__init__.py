@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastcil.contract import register
     from fastcil.engine.compare import compare
     from fastcil.engine.learner import Learner
+    from fastcil.engine.pretrain import pretrain
     from fastcil.engine.result import Result
     from fastcil.engine.run import train
     from fastcil.engine.scenario import Arrival, Scenario
@@ -27,6 +28,7 @@ __all__ = [
     "Scenario",
     "__version__",
     "compare",
+    "pretrain",
     "register",
     "train",
 ]
@@ -39,6 +41,7 @@ _LAZY = {
     "Result": "fastcil.engine.result",
     "Scenario": "fastcil.engine.scenario",
     "compare": "fastcil.engine.compare",
+    "pretrain": "fastcil.engine.pretrain",
     "register": "fastcil.contract",
     "train": "fastcil.engine.run",
 }

@@ -1,11 +1,10 @@
-"""The command line: ``fastcil train | evaluate | compare | report | methods | doctor``."""
+"""The command line: ``fastcil train | compare | pretrain | evaluate | report | ...``."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from fastcil.errors import FastcilError
 
@@ -13,6 +12,7 @@ _USAGE = """usage: fastcil COMMAND [options]
 
   train      run one method:          fastcil train --method foster+cim --data scenes
   compare    several at equal memory: fastcil compare --methods foster,foster+cim --seeds 0,1,2
+  pretrain   weights to start from:   fastcil pretrain --data cifar100:classes=0-49
   evaluate   a saved Learner on data: fastcil evaluate LEARNER --data DATA
   report     write a run's report:    fastcil report RUN_DIR
   methods    what there is:           fastcil methods [NAME]
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "compare": _compare,
+        "pretrain": _pretrain,
         "evaluate": _evaluate,
         "report": _report,
         "methods": _methods,
@@ -72,7 +73,9 @@ def _train(arguments: list[str]) -> int:
     from fastcil.engine.run import train
 
     options = parse_run("train", arguments)
-    options["run_dir"] = options["run_dir"] or _default_dir(options["method"], options)
+    options["run_dir"] = options["run_dir"] or _default_dir(
+        options["method"], options["data"], options["scenario"]
+    )
     result = train(**options)
     print(result)
     return _write_report(options["run_dir"])
@@ -85,16 +88,32 @@ def _compare(arguments: list[str]) -> int:
     from fastcil.engine.compare import compare
 
     options = parse_run("compare", arguments)
-    options["run_dir"] = options["run_dir"] or _default_dir("compare", options)
+    options["run_dir"] = options["run_dir"] or _default_dir(
+        "compare", options["data"], options["scenario"]
+    )
     comparison = compare(**options)
     Console(width=140 if not sys.stdout.isatty() else None).print(comparison.table())
     return _write_report(options["run_dir"])
 
 
-def _default_dir(name: str, options: dict[str, Any]) -> str:
+def _pretrain(arguments: list[str]) -> int:
+    from fastcil.engine.arguments import parse_pretrain
+    from fastcil.engine.pretrain import pretrain
+
+    options = parse_pretrain(arguments)
+    # A network made from another one's weights is not that one's run.
+    options["run_dir"] = options["run_dir"] or _default_dir(
+        "pretrain", options["data"], options["network"]["activation"]
+    )
+    made = pretrain(**options)
+    print(f"weights: {made.weights}\ntest accuracy: {made.accuracy:.2f} %")
+    return _write_report(options["run_dir"])
+
+
+def _default_dir(name: str, data: str, what: str) -> str:
     """``runs/NAME-DATA-SCENARIO``: the same command finds its run again."""
-    data = str(options["data"]).rstrip("/").rpartition("/")[2].partition(":")[0]
-    return f"runs/{name}-{data}-{options['scenario']}"
+    shown = str(data).rstrip("/").rpartition("/")[2].partition(":")[0]
+    return f"runs/{name}-{shown}-{what}"
 
 
 def _evaluate(arguments: list[str]) -> int:

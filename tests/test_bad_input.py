@@ -101,6 +101,19 @@ CASES: dict[str, tuple[Arguments, str]] = {
         lambda d: ["train", "--method=er", "--engine.precision=fp8", *SMALL],
         "engine.precision",
     ),
+    "pickled weights": (
+        lambda d: ["train", "--method=er", "--network.weights=r18.pth", *SMALL],
+        "pass the state_dict in Python",
+    ),
+    "no such weights": (
+        lambda d: ["pretrain", f"--network.weights={d}/none.safetensors", *SMALL[:2]],
+        "which is no file",
+    ),
+    "pretrain an unknown option": (
+        lambda d: ["pretrain", "--epocs=3", *SMALL[:2]],
+        "did you mean 'epochs'",
+    ),
+    "pretrain backwards": (lambda d: ["pretrain", "--lr=-1", *SMALL[:2]], "lr is -1.0"),
     "bare memory": (lambda d: ["train", "--method=er", "--memory=64", *SMALL], "memory"),
     "unknown scenario": (lambda d: ["train", "--method=er", *SMALL, "--scenario=5"], "scenario"),
     "too many tasks": (

@@ -110,7 +110,7 @@ class CIM(Addon):
         check_exemplars("cim", method)
         check_network("cim", method, ("extractors", "maps", "head", "cam_weights"))
         if getattr(method, "network", None) is None:
-            backbones: Iterable[nn.Module] = [self.context.make_backbone()]
+            backbones: Iterable[nn.Module] = [self.context.bare_backbone()]
         else:
             backbones = method.localiser().extractors
         for backbone in backbones:

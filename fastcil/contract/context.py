@@ -17,7 +17,19 @@ class Context(Protocol):
     """Services of the engine."""
 
     def make_backbone(self) -> nn.Module:
-        """A new feature extractor, freshly initialised, on the run's device."""
+        """A new feature extractor, on the run's device, ready to be trained.
+
+        Its weights are those that the run's extractors start from: random ones, or those of
+        ``network.weights``.
+        """
+        ...
+
+    def bare_backbone(self) -> nn.Module:
+        """A feature extractor of the same shape whose weights are about to be replaced.
+
+        On the run's device; it reads no ``network.weights``, which need not be there any more
+        when saved state is restored.
+        """
         ...
 
     def scan(

@@ -37,7 +37,7 @@ class Persistent(nn.Module):
             if hasattr(child, "structure") and name not in structure:
                 setattr(self, name, None)
         for name, described in structure.items():
-            setattr(self, name, build_module(described, self.context.make_backbone))
+            setattr(self, name, build_module(described, self.context.bare_backbone))
 
     def tensors(self) -> dict[str, Tensor]:
         """The values to save, by name."""

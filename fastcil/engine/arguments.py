@@ -6,13 +6,14 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from fastcil.contract import nearest
 from fastcil.engine.options import build_groups, check_keys, config_types, explain
 from fastcil.engine.presets import merge_options, read_yaml
+from fastcil.engine.pretrain import DEFAULTS
 from fastcil.errors import FastcilError
 
 
@@ -41,6 +42,41 @@ class RunArguments:
     device: str = "auto"
     run_dir: str | None = None
     preset: str | None = None
+
+
+@dataclass(frozen=True)
+class PretrainArguments:
+    """What `fastcil pretrain` takes; see `fastcil.pretrain`.
+
+    Args:
+        data: A labelled data set, as for train: ``cifar100:classes=0-49``, a folder of ImageNet32.
+        run_dir: Where to keep the run and ``weights.safetensors``.
+        epochs: Passes over the training part.
+        lr: Peak learning rate, which falls as a cosine.
+        batch_size: Images per step.
+        momentum: SGD's momentum.
+        weight_decay: L2 penalty.
+        seed: Of weights, shuffles and augmentation.
+        device: ``auto``, ``cpu``, ``cuda``.
+        precision: ``fp32``, ``bf16`` or ``fp16``; None for engine.precision.
+    """
+
+    data: str = "scenes"
+    run_dir: str | None = None
+    epochs: int = 100
+    lr: float = 0.1
+    batch_size: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 1e-5
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+
+
+_PRETRAIN = """Trains an extractor and a linear classifier on labelled images and saves their
+weights, from which --network.weights=FILE starts other runs. To turn a network with ReLU into one
+with LeakyReLU, as Shon et al. (2022) do: --network.weights=OLD.safetensors
+--network.activation=leaky --epochs=1 --lr=1e-4"""
 
 
 def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +115,8 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     del options["preset"]  # It is in the defaults.
     options["seeds"] = _seeds(options["seeds"])
     options[which] = names if command == "compare" else methods
-    return {**options, **{name: parsed[name] for name in types}}
+    # A dash in a name is an underscore in what was parsed.
+    return {**options, **{name: parsed[name.replace("-", "_")] for name in types}}
 
 
 def _named_in(arguments: Sequence[str], option: str) -> str | None:
@@ -139,6 +176,22 @@ def _seeds(value: str | int | list[int]) -> tuple[int, ...]:
         raise FastcilError(
             f"seeds is '{value}'; give whole numbers with commas between, as in '0,1,2'."
         ) from error
+
+
+def parse_pretrain(arguments: Sequence[str]) -> dict[str, Any]:
+    """The keyword arguments of `fastcil.pretrain`.
+
+    Raises:
+        FastcilError: Anything that can't be used.
+    """
+    parser = ArgumentParser(prog="fastcil pretrain", description=_PRETRAIN, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
+    parser.add_class_arguments(PretrainArguments)
+    for name, default in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parsed = _parse(parser, arguments).as_dict()
+    taken = [*(field.name for field in fields(PretrainArguments)), *DEFAULTS]
+    return {name: parsed[name] for name in taken}
 
 
 def parse_evaluate(arguments: Sequence[str]) -> dict[str, Any]:

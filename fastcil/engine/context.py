@@ -19,6 +19,7 @@ class EngineContext:
         augmentation: The run's augmentation: its test transform is what `scan` reads with.
         device: Where networks live.
         batch_size: Images per step of a scan.
+        bare: Builds a feature extractor of the same shape whatever its weights; None: ``backbone``.
     """
 
     def __init__(
@@ -27,19 +28,28 @@ class EngineContext:
         augmentation: Augmentation,
         device: torch.device,
         batch_size: int = 256,
+        bare: Callable[[], nn.Module] | None = None,
     ) -> None:
         self._backbone = backbone
+        self._bare = bare or backbone
         self.augmentation = augmentation
         self.device = device
         self.batch_size = batch_size
 
     def make_backbone(self) -> nn.Module:
         """A new feature extractor, on the run's device, in channels_last memory."""
+        return self._placed(self._backbone())
+
+    def bare_backbone(self) -> nn.Module:
+        """The same with weights that are about to be replaced; see `fastcil.contract.Context`."""
+        return self._placed(self._bare())
+
+    def _placed(self, backbone: nn.Module) -> nn.Module:
         # torch's type stubs leave out the memory_format of Module.to.
-        made: nn.Module = self._backbone().to(  # type: ignore[call-overload]
+        placed: nn.Module = backbone.to(  # type: ignore[call-overload]
             self.device, memory_format=torch.channels_last
         )
-        return made
+        return placed
 
     def scan(
         self,

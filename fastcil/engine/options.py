@@ -16,6 +16,7 @@ from fastcil.contract import (
     replace_batch_size,
     scale_epochs,
 )
+from fastcil.engine.weights import StateDict, as_option
 from fastcil.errors import CompositionError, FastcilError
 
 
@@ -28,11 +29,16 @@ class NetworkOptions:
             the literature does on CIFAR, and resnet18 above.
         width: Channels of the first stage; None for the network's own.
         stem: ``imagenet``, ``cifar``, ``small``; None chooses by image size.
+        activation: ``relu``, or ``leaky`` for LeakyReLU(0.01) in every place.
+        weights: A safetensors file that every new extractor starts from, such as ``fastcil
+            pretrain`` writes, or one with torchvision's names; in Python also a state_dict.
     """
 
     name: str = "auto"
     width: int | None = None
     stem: Literal["imagenet", "cifar", "small"] | None = None
+    activation: Literal["relu", "leaky"] = "relu"
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,9 @@ _COMPLAINTS = (
     r'key "([^"]+)": Does not validate .*Subtypes: \[(.+?)\] Errors: .*Given value: (.*)$',
 )
 
+# The option whose value may be a mapping, and is one value all the same.
+_WEIGHTS = "network.weights"
+
 GROUPS: dict[str, type] = {
     "network": NetworkOptions,
     "augment": AugmentOptions,
@@ -158,11 +167,13 @@ class Settings:
         method: The composition, as in ``foster+cim``.
         groups: Option group or part of the composition -> its dataclass.
         codec: Name of the memory's codec, or None for the addon's, else ``raw``.
+        state_dict: What ``network.weights`` names, if it was passed in Python.
     """
 
     method: str
     groups: Mapping[str, Any] = field(default_factory=dict)
     codec: str | None = None
+    state_dict: StateDict | None = field(default=None, compare=False)
 
     @property
     def parts(self) -> tuple[str, tuple[str, ...]]:
@@ -254,6 +265,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
+        if name == _WEIGHTS:
+            value = as_option(value)
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{name}."))
         else:
@@ -314,24 +327,37 @@ def make_settings(
     codec = check_codec(method, codec)
     # One spelling, whatever was typed: it names folders and is compared on resuming.
     name, addons = parse_composition(method)
-    return Settings("+".join([name, *addons]), build_groups(nested, types), codec)
+    state_dict = _take_state_dict(nested)
+    return Settings("+".join([name, *addons]), build_groups(nested, types), codec, state_dict)
+
+
+def _take_state_dict(nested: dict[str, Any]) -> StateDict | None:
+    """Puts the name of a state_dict in its place; one named so may still be in this process."""
+    network = nested.get("network", {})
+    given = network.get("weights")
+    if isinstance(given, StateDict):
+        network["weights"] = given.name
+        return given
+    return StateDict.find(given) if isinstance(given, str) else None
 
 
 def build_groups(nested: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
     """Dataclasses from plain values, converted and checked by jsonargparse."""
     from jsonargparse import ArgumentParser
 
+    # It takes a dash in a name for an underscore.
+    plain = {name: name.replace("-", "_") for name in types}
     parser = ArgumentParser(exit_on_error=False)
     for name, cls in types.items():
-        parser.add_argument(f"--{name}", type=cls, default=cls())
+        parser.add_argument(f"--{plain[name]}", type=cls, default=cls())
     try:
-        parsed = parser.parse_object({k: dict(v) for k, v in nested.items()})
+        parsed = parser.parse_object({plain[k]: dict(v) for k, v in nested.items()})
         made = parser.instantiate(parsed)
     except FastcilError:
         raise
     except Exception as error:
         raise FastcilError(explain(error)) from error
-    return {name: made[name] for name in types}
+    return {name: made[plain[name]] for name in types}
 
 
 def explain(error: Exception) -> str:

@@ -13,7 +13,8 @@ from fastcil.contract import Addon, Method, Retained, Task, lookup
 from fastcil.data import Augmentation
 from fastcil.engine.context import EngineContext
 from fastcil.engine.options import Settings
-from fastcil.engine.resolve import make_augmentation, make_backbone_builder
+from fastcil.engine.resolve import make_augmentation, make_backbone_builder, settle
+from fastcil.engine.weights import starting_from
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import Budget, Codec, Memory, likely_room, make_codec
 
@@ -71,12 +72,13 @@ class Parts:
         augmentation = make_augmentation(
             settings.groups["augment"], size, crop, method_class.auto_augment
         )
-        context = EngineContext(
-            backbone or make_backbone_builder(settings.groups["network"], size),
-            augmentation,
-            device,
-            settings.engine.scan_batch,
-        )
+        network = settings.groups["network"]
+        bare = backbone or make_backbone_builder(network, size)
+        make = bare
+        if network.weights is not None:
+            settled = None if backbone else settle(network, size)
+            make = starting_from(bare, network.weights, settings.state_dict, settled)
+        context = EngineContext(make, augmentation, device, settings.engine.scan_batch, bare)
         method: Method = method_class(settings.config(method_name), context)
         addons: list[Addon] = [
             lookup("addon", name)(settings.config(name), context, method) for name in addon_names
@@ -98,8 +100,8 @@ class Parts:
         """Makes sure, before any training, that what is made as it goes can be made.
 
         Raises:
-            FastcilError: The backbone can't be built or is none; the codec's boxes come from
-                nowhere.
+            FastcilError: The backbone can't be built or is none, or ``network.weights`` can't be
+                read or don't fit it; the codec's boxes come from nowhere.
         """
         backbone = self.context.make_backbone()
         if not hasattr(backbone, "out_channels"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from fastcil.data import Augmentation, ImageStore
 from fastcil.engine.options import AugmentOptions, NetworkOptions
 from fastcil.errors import FastcilError
-from fastcil.nn import build_backbone
+from fastcil.nn import build_backbone, stem_for
+from fastcil.nn.backbones import default_width
 
 _SMALL = 64
 _CIFAR = 40
@@ -98,14 +100,32 @@ def make_augmentation(
         raise FastcilError(f"augment.{error}") from error
 
 
-def make_backbone_builder(options: NetworkOptions, size: int) -> Callable[[], nn.Module]:
-    """Builds the network that the options name, for images of this side."""
+def settle(options: NetworkOptions, size: int) -> NetworkOptions:
+    """The network that the options name for images of this side, with nothing left open.
+
+    Raises:
+        FastcilError: No network of that name.
+
+    Example:
+        >>> settled = settle(NetworkOptions(), 32)
+        >>> settled.name, settled.width, settled.stem
+        ('resnet32', 16, 'cifar')
+    """
     name = options.name
     if name == "auto":
         name = "resnet32" if size <= _CIFAR else "resnet18"
+    width = default_width(name) if options.width is None else options.width
+    return dataclasses.replace(options, name=name, width=width, stem=options.stem or stem_for(size))
+
+
+def make_backbone_builder(options: NetworkOptions, size: int) -> Callable[[], nn.Module]:
+    """Builds the network that the options name, for images of this side, with random weights."""
 
     def build() -> nn.Module:
-        return build_backbone(name, width=options.width, stem=options.stem, image_size=size)
+        network = settle(options, size)
+        return build_backbone(
+            network.name, width=network.width, stem=network.stem, activation=network.activation
+        )
 
     return build
 

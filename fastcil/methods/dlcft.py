@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -88,7 +88,8 @@ class DLCFT(Method):
                 ``task`` has its own, which nothing holds.
             classifier: ``joint`` or ``static``.
             ridge: Of the static classifier's regression, in shares of the features' mean square.
-            slope: Of the LeakyReLUs that take the place of ReLUs; 0 leaves these.
+            slope: Of the LeakyReLUs that take the place of ReLUs, where there are any; 0 leaves
+                these. Better is a network that was trained with them (``network.activation``).
         """
 
         first: Recipe = _RECIPE
@@ -128,7 +129,6 @@ class DLCFT(Method):
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "kfac": Config(curvature="kfac"),
-        "tkfac": Config(curvature="tkfac"),
         "diagonal": Config(curvature="diagonal"),
         "task": Config(head="task"),
     }
@@ -147,18 +147,19 @@ class DLCFT(Method):
     def restore(self, structure: Mapping[str, Any]) -> None:
         """Rebuilds the linearised network, and what is kept."""
         for name, described in structure.items():
-            setattr(self, name, build_module(described, self._extractor))
+            bare = partial(self._linearised, self.context.bare_backbone)
+            setattr(self, name, build_module(described, bare))
 
-    def _extractor(self) -> nn.Module:
-        backbone = self.context.make_backbone().eval()
-        if self.config.slope:
+    def _linearised(self, make: Callable[[], nn.Module]) -> nn.Module:
+        backbone = make().eval()
+        if self.config.slope and any(isinstance(m, nn.ReLU) for m in backbone.modules()):
             backbone = leaky(backbone, self.config.slope)
         return linearize(backbone)
 
     def begin_task(self, task: Task) -> None:
         """Linearises the pre-trained extractor, or adds classes whose weights start at zero."""
         if task.first:
-            self.network = start_network(self._extractor(), task.total)
+            self.network = start_network(self._linearised(self.context.make_backbone), task.total)
         else:
             linear_head(self.network).grow(task.total)
         head = linear_head(self.network)

@@ -28,6 +28,10 @@ class MAS(Anchored):
     class Config(AnchoredConfig):
         """Settings of MAS; the recipes are those of `Finetune`.
 
+        The paper's lambda of 1 goes with learning rates of fine-tuning (``PRESETS``): gradient
+        descent diverges where 2 lambda Omega times the learning rate exceeds 2, and Omega grows
+        with the logits.
+
         Args:
             first: Recipe of the first task.
             later: Recipe of every later task.
@@ -39,11 +43,12 @@ class MAS(Anchored):
             merging: How importances of tasks are merged, ``sum`` or ``mean``.
         """
 
+        lam: float = 0.01
         per: Literal["sample", "batch"] = "sample"
         merging: Literal["sum", "mean"] = "sum"
 
     PRESETS: ClassVar[dict[str, Any]] = {
-        "finetuning": Config(first=FINETUNING, later=FINETUNING, norms="first"),
+        "finetuning": Config(first=FINETUNING, later=FINETUNING, lam=1.0, norms="first"),
     }
 
     config: Config

@@ -43,7 +43,7 @@ class FakeContext:
     """Reads images one by one, resized to a square."""
 
     def __init__(self, backbone: Callable[[], nn.Module] = Backbone) -> None:
-        self.make_backbone = backbone
+        self.make_backbone = self.bare_backbone = backbone
         self.scans = 0
         self.seen: dict[int, tuple[Examples, Tensor]] = {}
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import run
 from clocks import in_turn
-from op_case import OpCase
+from op_case import Group, OpCase
 
 
 def wait(milliseconds):
@@ -74,6 +74,37 @@ def test_figures_are_kept_and_shown(row, tmp_path, monkeypatch):
     # Figures of another commit are not mixed with these.
     run.keep(path, [row], FACTS | {"commit": "def"})
     assert len(json.loads(path.read_text())["cases"]) == 1
+
+
+def grouped(name, ours, *others, group="batch 8"):
+    """A row of two packages and a way that is none."""
+    ways = {"fastcil": ours, "naive": 0.1, **dict(zip(("one", "two"), others, strict=False))}
+    return {
+        "op": "conv_input_factor",
+        "name": name,
+        "group": {"name": group, "peers": ["one", "two"], "aim": 8},
+        "ways": {way: {"min": ms, "median": 2 * ms} for way, ms in ways.items()},
+        "wrong": [],
+    }
+
+
+def test_of_groups_the_geometric_mean_beside_the_best_package_is_told(row):
+    rows = [row, grouped("a", 1.0, 4.0, 6.0), grouped("b", 1.0, 40.0, 36.0)]
+    rows += [grouped("c", 1.0, 64.0, group="batch 32"), grouped("d", 1.0, group="none installed")]
+    (eight, above), (thirty_two, reached) = run.geometric_means(rows)
+    assert "batch 8" in eight and " 12 (12) times" in eight and "mean of 2" in eight and above
+    assert "batch 32" in thirty_two and " 64 (64) times" in thirty_two and reached
+    (_, reached) = run.geometric_means([grouped("a", 1.0, 7.9, 20.0)])[0]
+    assert not reached
+
+
+def test_what_ours_did_is_noted():
+    case = OpCase(
+        "pade", "", ("fastcil",), make, note=lambda: "lags", group=Group("all", ("peer",), 2)
+    )
+    row = run.measure(case, 1)
+    assert json.loads(json.dumps(row))["group"] == {"name": "all", "peers": ["peer"], "aim": 2}
+    assert "(lags)" in run.table({"cases": [row], "environment": FACTS, "command": "make bench"})
 
 
 def test_every_kept_case_is_one_there_is():

@@ -16,7 +16,7 @@ from fastcil.nn import LinearHead, Network
 
 
 class Context:
-    def make_backbone(self) -> nn.Module:
+    def bare_backbone(self) -> nn.Module:
         return ConvNet()
 
 

@@ -20,6 +20,12 @@ METHODS = [
     "joint",
     "er",
     "lwf",
+    "ewc",
+    "online-ewc",
+    "mas",
+    "osla",
+    "si",
+    "dlcft",
     "dark",
     "darkpp",
     "icarl",
@@ -134,7 +140,9 @@ def test_a_damaged_checkpoint_is_a_sentence(interruptions, tmp_path) -> None:
         run("er", tmp_path)
 
 
-@pytest.mark.parametrize("method", ["finetune", "darkpp", "icarl", "der", "foster+cim"])
+@pytest.mark.parametrize(
+    "method", ["finetune", "darkpp", "ewc", "dlcft", "icarl", "der", "foster+cim"]
+)
 @pytest.mark.parametrize("when", ["training", "remembering"])
 def test_a_learner_that_is_stopped_is_as_it_was(
     method, when, monkeypatch: pytest.MonkeyPatch, assert_same

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastcil
 from fastcil.contract import Recipe
+from fastcil.contract.registry import METHODS
 from fastcil.engine.arguments import parse_run
 from fastcil.engine.options import Settings, make_settings, nest
 from fastcil.engine.plan import make_plan
@@ -206,7 +207,7 @@ def test_epoch_scale_and_batch_size_reach_every_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["finetune", "joint", "er", "lwf", "dark", "darkpp", "icarl", "der", "foster+cim"]
+    "method", [*(name for name, where in METHODS.items() if isinstance(where, str)), "foster+cim"]
 )
 def test_epoch_scale_and_batch_size_reach_every_methods_stages(method: str) -> None:
     """No recipe is short only on paper: nothing that trains has more epochs than asked for."""

@@ -34,6 +34,8 @@ class Lender:
     def make_backbone(self) -> nn.Module:
         return ConvNet()
 
+    bare_backbone = make_backbone
+
 
 FIT = Recipe(epochs=2, lr=0.1, batch_size=4, clip=1.0)
 SIDE = Recipe(epochs=2, lr=0.02, schedule="step", milestones=(1,), optimizer="adam")

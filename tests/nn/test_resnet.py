@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastcil.nn import BACKBONES, build_backbone, resnet18, resnet20, resnet32, stem_for
+from fastcil.nn.backbones import default_width
 from fastcil.nn.resnet import PaddedShortcut, ResNet
 
 
@@ -107,9 +108,36 @@ def test_a_stem_that_is_named_wins():
     assert build_backbone("resnet32").out_channels == 64
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet20"])
+def test_leaky_activations_leave_names_and_initial_weights(name):
+    torch.manual_seed(3)
+    plain = build_backbone(name, width=4)
+    torch.manual_seed(3)
+    network = build_backbone(name, width=4, activation="leaky")
+    found = [m for m in network.modules() if isinstance(m, nn.LeakyReLU)]
+    assert len(found) == count(plain, nn.ReLU) and count(network, nn.ReLU) == 0
+    assert {m.negative_slope for m in found} == {0.01}
+    assert [n for n, _ in network.named_modules()] == [n for n, _ in plain.named_modules()]
+    for (key, value), (other, same) in zip(
+        network.state_dict().items(), plain.state_dict().items(), strict=True
+    ):
+        assert key == other and torch.equal(value, same)
+    images = torch.randn(2, 3, 16, 16)
+    assert network(images).amin() < 0 <= plain(images).amin()
+
+
+def test_default_widths():
+    assert {name: default_width(name) for name in BACKBONES} == {
+        name: BACKBONES[name]().stem[0].out_channels for name in BACKBONES
+    }
+
+
 def test_a_users_own_backbone(monkeypatch):
     monkeypatch.setitem(BACKBONES, "mine", lambda width=8: nn.Conv2d(3, width, 3))
     assert build_backbone("mine", width=5).out_channels == 5
+    assert default_width("mine") == 8
+    monkeypatch.setitem(BACKBONES, "fixed", lambda: nn.Conv2d(3, 2, 3))
+    assert default_width("fixed") is None
 
 
 @pytest.mark.parametrize(
@@ -120,6 +148,7 @@ def test_a_users_own_backbone(monkeypatch):
         (("zzz",), "nearest known one is 'resnet"),
         (("resnet18", 0), "width is 0"),
         (("resnet18", 4, 32, "tiny"), "stem is 'tiny'; it must be one of imagenet, small, cifar"),
+        (("resnet18", 4, 32, None, "elu"), "activation is 'elu'; it must be one of relu, leaky"),
     ],
 )
 def test_bad_arguments(arguments, message):
