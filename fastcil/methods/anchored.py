@@ -30,11 +30,6 @@ from fastcil.nn.lifecycle import linear_head, start_network
 
 FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
 LATER = Recipe(epochs=80, lr=0.1, schedule="step", milestones=(40, 70), weight_decay=2e-4)
-# Continual fine-tuning of a pre-trained network (Shon et al. 2022, Sec. 4.1); its length and
-# batches are not told there.
-FINETUNING = Recipe(
-    epochs=20, lr=1e-3, schedule="constant", momentum=0.9, weight_decay=1e-5, batch_size=32
-)
 
 
 @dataclass(frozen=True)

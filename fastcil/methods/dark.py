@@ -25,6 +25,7 @@ from fastcil.contract import (
     total,
 )
 from fastcil.memory.reservoir import Reservoir
+from fastcil.methods.recipes import FINETUNING
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _CIFAR100 = Recipe(
@@ -226,6 +227,7 @@ class Dark(DarkReplay):
         """
 
     PRESETS: ClassVar[dict[str, DarkConfig]] = {
+        "finetuning": Config(first=FINETUNING, later=FINETUNING),
         "cifar10": Config(first=_CIFAR10, later=_CIFAR10),
         "mnist": Config(first=_MNIST, later=_MNIST, alpha=0.2),
     }
@@ -270,6 +272,7 @@ class DarkPP(DarkReplay):
             check_not_negative("beta", self.beta)
 
     PRESETS: ClassVar[dict[str, DarkConfig]] = {
+        "finetuning": Config(first=FINETUNING, later=FINETUNING),
         "cifar10-200": Config(first=_CIFAR10, later=_CIFAR10, alpha=0.1),
         "cifar10-500": Config(first=_CIFAR10, later=_CIFAR10, alpha=0.2),
         "cifar10-5120": Config(first=_CIFAR10, later=_CIFAR10, alpha=0.1, beta=1.0),

@@ -29,6 +29,7 @@ from fastcil.curvature import Curvature, make_curvature
 from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
 from fastcil.errors import FastcilError
 from fastcil.methods.anchored import held_layers
+from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Network, Tensors, build_module, leaky, linearize, outputs_of
 from fastcil.nn.lifecycle import linear_head, start_network
 
@@ -88,6 +89,10 @@ class DLCFT(Method):
                 ``task`` has its own, which nothing holds.
             classifier: ``joint`` or ``static``.
             ridge: Of the static classifier's regression, in shares of the features' mean square.
+            linear: Whether the extractor is linearised; without, in the ablations of Table 3, it
+                is trained as it is, its batch norms in the first task only.
+            loss: ``squared`` error, or ``softmax`` cross-entropy, of which the curvature's labels
+                are drawn from the model (Table 3).
             slope: Of the LeakyReLUs that take the place of ReLUs, where there are any; 0 leaves
                 these. Better is a network that was trained with them (``network.activation``).
         """
@@ -103,6 +108,8 @@ class DLCFT(Method):
         head: Literal["all", "task"] = "all"
         classifier: Literal["joint", "static"] = "joint"
         ridge: float = 1e-3
+        linear: bool = True
+        loss: Literal["squared", "softmax"] = "squared"
         slope: float = 0.01
 
         def __post_init__(self) -> None:
@@ -121,16 +128,26 @@ class DLCFT(Method):
                 ("merging", ("mean", "text")),
                 ("head", ("all", "task")),
                 ("classifier", ("joint", "static")),
+                ("loss", ("squared", "softmax")),
             ):
                 if getattr(self, name) not in known:
                     raise FastcilError(
                         f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
                     )
+            if self.classifier == "static" and not self.linear:
+                raise FastcilError(
+                    "classifier is 'static', which is that of a linearised network; leave linear "
+                    "True, or take a 'joint' one."
+                )
 
     PRESETS: ClassVar[dict[str, Config]] = {
+        "finetuning-task": Config(head="task"),
         "kfac": Config(curvature="kfac"),
         "diagonal": Config(curvature="diagonal"),
-        "task": Config(head="task"),
+        "softmax": Config(first=FINETUNING, later=FINETUNING, linear=False, loss="softmax"),
+        "softmax-kfac": Config(
+            FINETUNING, FINETUNING, curvature="kfac", linear=False, loss="softmax"
+        ),
     }
 
     config: Config
@@ -147,10 +164,12 @@ class DLCFT(Method):
     def restore(self, structure: Mapping[str, Any]) -> None:
         """Rebuilds the linearised network, and what is kept."""
         for name, described in structure.items():
-            bare = partial(self._linearised, self.context.bare_backbone)
+            bare = partial(self._extractor, self.context.bare_backbone)
             setattr(self, name, build_module(described, bare))
 
-    def _linearised(self, make: Callable[[], nn.Module]) -> nn.Module:
+    def _extractor(self, make: Callable[[], nn.Module]) -> nn.Module:
+        if not self.config.linear:
+            return make()
         backbone = make().eval()
         if self.config.slope and any(isinstance(m, nn.ReLU) for m in backbone.modules()):
             backbone = leaky(backbone, self.config.slope)
@@ -159,14 +178,15 @@ class DLCFT(Method):
     def begin_task(self, task: Task) -> None:
         """Linearises the pre-trained extractor, or adds classes whose weights start at zero."""
         if task.first:
-            self.network = start_network(self._linearised(self.context.make_backbone), task.total)
+            self.network = start_network(self._extractor(self.context.make_backbone), task.total)
         else:
             linear_head(self.network).grow(task.total)
         head = linear_head(self.network)
-        with torch.no_grad():
-            head.weight[task.known :].zero_()
-            if head.bias is not None:
-                head.bias[task.known :].zero_()
+        if self.config.loss == "squared":
+            with torch.no_grad():
+                head.weight[task.known :].zero_()
+                if head.bias is not None:
+                    head.bias[task.known :].zero_()
         if self.config.classifier == "static":
             rows = self._regressed(task)
             self.static = torch.cat([self.static, rows]) if len(self.static) else rows
@@ -223,7 +243,7 @@ class DLCFT(Method):
                 objective=partial(self._loss, own, task.index + 1, len(streams) > 1),
                 streams=tuple(streams),
                 recipe=recipe,
-                parameters=lambda: self.network.parameters(),
+                parameters=self.network.trained_parameters,
                 primary=True,
                 logits=self.logits,
             )
@@ -242,12 +262,16 @@ class DLCFT(Method):
         return losses
 
     def _errors(self, batch: Batch, own: Tensor | None) -> Tensor:
-        """Half the squared distance to the target, summed over classes (Eq. 5), [B].
+        """Half the squared distance to the target, summed over classes (Eq. 5), or CE, [B].
 
         Among the task's own classes alone where every task has a head; an exemplar of another has
         no target there and counts among all.
         """
         logits = self.logits(batch.images)
+        if self.config.loss == "softmax":
+            among = None if own is None else own | (batch.part == 1)[:, None]
+            shown = logits if among is None else logits.masked_fill(~among, -torch.inf)
+            return F.cross_entropy(shown, batch.labels, reduction="none")
         targets = self.config.alpha * F.one_hot(batch.labels, logits.shape[1]).to(logits)
         squares = (targets - logits).square()
         if own is not None:
@@ -261,28 +285,32 @@ class DLCFT(Method):
 
     def _held(self) -> list[str]:
         """Parameters that are held, named as in `_Scores`."""
+        trained = {id(p) for p in self.network.trained_parameters()}
         return [
             name
-            for name, _ in self._scores().named_parameters()
-            if self.config.head == "all" or not name.startswith("network.head.")
+            for name, p in self._scores().named_parameters()
+            if id(p) in trained
+            and (self.config.head == "all" or not name.startswith("network.head."))
         ]
 
     def _curvature(self) -> Curvature:
         config, scores = self.config, self._scores()
-        names = self._held()
+        names, squared = self._held(), config.loss == "squared"
         layers = names if config.curvature == "diagonal" else held_layers(scores, names)
         return make_curvature(
             config.curvature,
             scores,
             layers,
-            likelihood="gaussian",
+            likelihood="gaussian" if squared else "categorical",
             estimator=config.estimator,
             samples=config.samples,
-            identity=[name for name in layers if name == "network.head"],
+            identity=[name for name in layers if name == "network.head" and squared],
         )
 
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and merges it with those before."""
+        if task.first and not self.config.linear:
+            self.network.freeze_norms()
         new, tasks = self._curvature(), task.index + 1
         new.measure(scan_of(self.context, self, task.examples), draws(task.index))
         if len(self.kept):

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fastcil.contract import Batch, Losses, Method, Recipe, Stage, Stream, Task
+from fastcil.methods.recipes import FINETUNING
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -51,7 +52,10 @@ class ExperienceReplay(Method):
         first: Recipe = _FIRST
         later: Recipe = _LATER
 
-    PRESETS: ClassVar[dict[str, Config]] = {"online": Config(first=_ONLINE, later=_ONLINE)}
+    PRESETS: ClassVar[dict[str, Config]] = {
+        "finetuning": Config(first=FINETUNING, later=FINETUNING),
+        "online": Config(first=_ONLINE, later=_ONLINE),
+    }
 
     config: Config
     selection = "random"

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastcil.contract import Context, Recipe, Task, check_not_negative
 from fastcil.curvature import Curvature, make_curvature
 from fastcil.curvature.anchor import displacements
-from fastcil.methods.anchored import FINETUNING, Anchored, AnchoredConfig, added
+from fastcil.methods.anchored import Anchored, AnchoredConfig, added
+from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Tensors
 
 _CIFAR10 = Recipe(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch.nn import functional as F
 
 from fastcil.contract import Batch, Losses, Method, Recipe, Stage, Stream, Task
+from fastcil.methods.recipes import FINETUNING
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -29,6 +31,8 @@ class Finetune(Method):
     class Config:
         """Settings of finetuning; the recipes are those of PyCIL (Zhou et al. 2023).
 
+        ``PRESETS["finetuning"]`` goes on from a pre-trained network (Shon et al. 2022).
+
         Args:
             first: Recipe of the first task.
             later: Recipe of every later task.
@@ -36,6 +40,10 @@ class Finetune(Method):
 
         first: Recipe = _FIRST
         later: Recipe = _LATER
+
+    PRESETS: ClassVar[dict[str, Config]] = {
+        "finetuning": Config(first=FINETUNING, later=FINETUNING),
+    }
 
     config: Config
     keeps = "nothing"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch.nn import functional as F
 
 from fastcil.contract import Batch, Losses, Method, Recipe, Stage, Stream, Task
+from fastcil.methods.recipes import FINETUNING
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _RECIPE = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -35,6 +37,8 @@ class Joint(Method):
 
         recipe: Recipe = _RECIPE
         fresh: bool = True
+
+    PRESETS: ClassVar[dict[str, Config]] = {"finetuning": Config(recipe=FINETUNING)}
 
     config: Config
     keeps = "everything"

@@ -23,6 +23,7 @@ from fastcil.contract import (
     evaluating,
 )
 from fastcil.errors import FastcilError
+from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Network, cross_entropy_among, distillation, outputs_of
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
@@ -34,6 +35,11 @@ _WARMUP = Recipe(epochs=20, lr=0.1, schedule="constant", weight_decay=0.0)
 _CIFAR10 = Recipe(epochs=50, lr=0.01, schedule="constant", momentum=0.0, batch_size=32)
 _MNIST = replace(_CIFAR10, epochs=1, lr=0.03, batch_size=10)
 _TINY = replace(_CIFAR10, epochs=100)
+
+
+def _no_warmup() -> Recipe:
+    """No warm-up."""
+    return replace(_WARMUP, epochs=0)
 
 
 def _warm(recipe: Recipe) -> Recipe:
@@ -103,6 +109,8 @@ class LwF(Method):
                     )
 
     PRESETS: ClassVar[dict[str, Config]] = {
+        "finetuning": Config(FINETUNING, FINETUNING, _no_warmup(), alpha=1.0),
+        "finetuning-task": Config(FINETUNING, FINETUNING, _no_warmup(), alpha=1.0, head="task"),
         "cifar10": Config(_CIFAR10, _CIFAR10, _warm(_CIFAR10), teacher="recorded"),
         "tiny-imagenet": Config(_TINY, _TINY, _warm(_TINY), alpha=1.0, teacher="recorded"),
         "mnist": Config(_MNIST, _MNIST, _warm(_MNIST), alpha=1.0, teacher="recorded"),

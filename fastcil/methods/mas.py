@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from fastcil.contract import Task
 from fastcil.curvature import Curvature, make_curvature
-from fastcil.methods.anchored import FINETUNING, Anchored, AnchoredConfig, added, averaged
+from fastcil.methods.anchored import Anchored, AnchoredConfig, added, averaged
+from fastcil.methods.recipes import FINETUNING
 
 
 class MAS(Anchored):

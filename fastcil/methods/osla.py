@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 from fastcil.contract import Task
 from fastcil.curvature import Curvature, make_curvature
 from fastcil.methods.anchored import (
-    FINETUNING,
     Anchored,
     AnchoredConfig,
     averaged,
     held_layers,
 )
+from fastcil.methods.recipes import FINETUNING
 
 
 class OSLA(Anchored):
@@ -55,9 +55,7 @@ class OSLA(Anchored):
 
     PRESETS: ClassVar[dict[str, Any]] = {
         "finetuning": Config(first=FINETUNING, later=FINETUNING, norms="first"),
-        "finetuning-tkfac": Config(
-            first=FINETUNING, later=FINETUNING, norms="first", curvature="tkfac"
-        ),
+        "tkfac": Config(first=FINETUNING, later=FINETUNING, norms="first", curvature="tkfac"),
         "finetuning-task": Config(first=FINETUNING, later=FINETUNING, norms="first", head="task"),
     }
 

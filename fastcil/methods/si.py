@@ -27,7 +27,8 @@ from fastcil.contract import (
 from fastcil.curvature import half_quadratic
 from fastcil.curvature.curvature import grown
 from fastcil.curvature.penalty import diagonal_product
-from fastcil.methods.anchored import FINETUNING, AnchoredConfig
+from fastcil.methods.anchored import AnchoredConfig
+from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Tensors, cross_entropy_among, outputs_of
 from fastcil.nn.lifecycle import linear_head, start_network
 

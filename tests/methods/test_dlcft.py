@@ -223,6 +223,29 @@ def test_what_is_kept_survives(lab, curvature, classifier):
         assert torch.equal(value, losses[1][name])
 
 
+@pytest.mark.parametrize("curvature", ["kfac", "tkfac"])
+def test_nonlinear_with_cross_entropy(lab, curvature):
+    """The ablations of Table 3."""
+    method = make(lab, linear=False, loss="softmax", curvature=curvature, lam=0.3)
+    tasks = lab.make_tasks(SIZES)
+    for task in tasks[:2]:
+        lab.learn(method, task)
+    assert method.network.norms_frozen
+    assert not hasattr(method.network.extractors[0], "tangent")
+    method.begin_task(tasks[2])
+    assert method.network.head.weight[5:].any()
+    (stage,) = method.stages(tasks[2])
+    shake(method)
+    method.eval()
+    batch = batch_of(lab, stage)
+    losses = stage.loss(batch)
+    each = functional.cross_entropy(method.network(batch.images), batch.labels, reduction="none")
+    new = batch.part == 0
+    assert torch.allclose(losses["classification"], each[new].mean() / 3)
+    assert torch.allclose(losses["replay"], 2 / 3 * 0.7 * each[~new].mean())
+    assert float(losses["penalty"].detach()) > 0
+
+
 def test_a_second_task_s_curvature_is_exact_for_what_is_one_layer(lab):
     """Only the classifier trains: its curvature is the whole truth, so the first task's loss is
     known to the end (Shon et al. 2022, Eq. 8)."""
@@ -262,6 +285,8 @@ def test_a_second_task_s_curvature_is_exact_for_what_is_one_layer(lab):
         ({"head": "two"}, "head is 'two'"),
         ({"classifier": "none"}, "classifier is 'none'"),
         ({"estimator": "empirical"}, "estimator is 'empirical'"),
+        ({"loss": "hinge"}, "loss is 'hinge'"),
+        ({"classifier": "static", "linear": False}, "classifier is 'static'"),
     ],
 )
 def test_bad_settings_are_named(options, words):

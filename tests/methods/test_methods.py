@@ -32,6 +32,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lwf", {"head": "task", "teacher": "recorded"}),
     ("ewc", {"norms": "first", "head": "task"}),
     ("osla", {"curvature": "ekfac"}),
+    ("dlcft", {"linear": False, "loss": "softmax"}),
     ("dlcft", {"classifier": "static", "curvature": "kfac"}),
     ("icarl", {"loss": "softmax"}),
 )
