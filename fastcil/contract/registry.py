@@ -29,6 +29,7 @@ METHODS: dict[str, str | type] = {
 ADDONS: dict[str, str | type] = {
     "cam": "fastcil.addons.cam:CAM",
     "cim": "fastcil.addons.cim:CIM",
+    "fisher": "fastcil.addons.fisher:Fisher",
 }
 CODECS: dict[str, str | type] = {
     "raw": "fastcil.memory.codecs.raw:RawCodec",

@@ -13,3 +13,4 @@ from fastcil.curvature.kronecker import Factors as Factors
 from fastcil.curvature.kronecker import KroneckerFactors as KroneckerFactors
 from fastcil.curvature.outputs import output_vectors as output_vectors
 from fastcil.curvature.penalty import half_quadratic as half_quadratic
+from fastcil.curvature.spectrum import largest_eigenvalue as largest_eigenvalue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from fastcil.contract import Method, evaluating
 from fastcil.data import Examples
 from fastcil.engine.context import EngineContext
 
+Readout = Callable[[Tensor], Tensor]
+"""Images [B, 3, h, w] -> scores [B, K]."""
+
 
 def count_correct(
     method: Method,
@@ -18,6 +21,7 @@ def count_correct(
     examples: Examples,
     classes: int,
     tasks: Sequence[int] | None = None,
+    further: Mapping[str, Readout] | None = None,
 ) -> dict[str, dict[str, list[int]]]:
     """Test images classified correctly, for each readout of a method.
 
@@ -31,13 +35,14 @@ def count_correct(
         tasks: New classes of each task so far, ``classes`` in all: the scores of an image are
             compared only among the classes of its own task (task-incremental learning). None:
             among all known classes.
+        further: Readouts beside the method's, by name.
 
     Returns:
         readout -> {"top1": correct per class, "top5": correct per class, "count": images per
         class}; where an image is compared among five classes or fewer it counts as correct in
         top-5.
     """
-    readouts = method.readouts()
+    readouts = {**method.readouts(), **(further or {})}
     own = None if tasks is None else same_task(tasks).to(context.device)
     with evaluating(method):
         hits = context.scan_labelled(_top5(list(readouts.values()), own), examples, look="centre")
@@ -69,7 +74,7 @@ def same_task(tasks: Sequence[int]) -> Tensor:
 
 
 def _top5(
-    readouts: list[Callable[[Tensor], Tensor]], own: Tensor | None
+    readouts: list[Readout], own: Tensor | None
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """For each readout, whether the label is first and among the first five."""
 

@@ -25,9 +25,9 @@ class NetworkOptions:
     """The feature extractor.
 
     Args:
-        name: ``resnet18``, ``resnet20``, ``resnet32``; ``auto`` is resnet32 up to 40 pixels, as
-            the literature does on CIFAR, and resnet18 above.
-        width: Channels of the first stage; None for the network's own.
+        name: ``resnet18``, ``resnet20``, ``resnet32``, ``mlp``; ``auto`` is resnet32 up to 40
+            pixels, as the literature does on CIFAR, and resnet18 above.
+        width: Channels of the first stage, units of an mlp's layers; None for the network's own.
         stem: ``imagenet``, ``cifar``, ``small``; None chooses by image size.
         activation: ``relu``, or ``leaky`` for LeakyReLU(0.01) in every place.
         weights: A safetensors file that every new extractor starts from, such as ``fastcil
@@ -84,6 +84,7 @@ class EngineOptions:
         epoch_scale: Multiplies every length counted in epochs; 0.1 for a run a tenth as long.
         batch_size: Replaces every recipe's batch size; None leaves them.
         scan_batch: Images per step of evaluation, selection and box making.
+        knn: Neighbours that vote in a readout ``knn``, a probe of the features; 0 for none.
         checkpoint_seconds: Least time between two checkpoints within a task; 0 for every step.
         order_seed: Seed of the class order; None keeps the data set's.
         init_seed: Seed of weights; None is the run's seed.
@@ -98,6 +99,7 @@ class EngineOptions:
     epoch_scale: float = 1.0
     batch_size: int | None = None
     scan_batch: int = 256
+    knn: int = 0
     checkpoint_seconds: float = 60.0
     order_seed: int | None = 1993
     init_seed: int | None = None
@@ -113,7 +115,7 @@ class EngineOptions:
             )
         for names, least in (
             (("batch_size", "scan_batch", "threads"), 1),
-            (("order_seed", "init_seed", "data_seed", "checkpoint_seconds"), 0),
+            (("order_seed", "init_seed", "data_seed", "checkpoint_seconds", "knn"), 0),
         ):
             for name in names:
                 value = getattr(self, name)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastcil.data import Augmentation, ImageStore
 from fastcil.engine.options import AugmentOptions, NetworkOptions
 from fastcil.errors import FastcilError
-from fastcil.nn import build_backbone, stem_for
-from fastcil.nn.backbones import default_width
+from fastcil.nn import build_backbone
+from fastcil.nn.backbones import default_stem, default_width
 
 _SMALL = 64
 _CIFAR = 40
@@ -115,7 +115,8 @@ def settle(options: NetworkOptions, size: int) -> NetworkOptions:
     if name == "auto":
         name = "resnet32" if size <= _CIFAR else "resnet18"
     width = default_width(name) if options.width is None else options.width
-    return dataclasses.replace(options, name=name, width=width, stem=options.stem or stem_for(size))
+    stem = options.stem or default_stem(name, size)
+    return dataclasses.replace(options, name=name, width=width, stem=stem)
 
 
 def make_backbone_builder(options: NetworkOptions, size: int) -> Callable[[], nn.Module]:
@@ -124,7 +125,7 @@ def make_backbone_builder(options: NetworkOptions, size: int) -> Callable[[], nn
     def build() -> nn.Module:
         network = settle(options, size)
         return build_backbone(
-            network.name, width=network.width, stem=network.stem, activation=network.activation
+            network.name, network.width, size, network.stem, activation=network.activation
         )
 
     return build

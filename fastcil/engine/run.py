@@ -17,6 +17,7 @@ from fastcil.engine.events import JsonLines, Listener, TensorBoard, broadcast
 from fastcil.engine.learner import Learner
 from fastcil.engine.plan import Plan, claim, make_plan
 from fastcil.engine.presets import merge_options
+from fastcil.engine.probe import probes
 from fastcil.engine.progress import make_progress
 from fastcil.engine.records import collect_records
 from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
@@ -232,13 +233,16 @@ class SeedRun:
         order = plan.scenario.order[: len(learner.class_names)]
         test = pick(plan.dataset.test, Arrival(order), order)
         task_aware = plan.scenario.task_aware
-        correct = count_correct(
-            learner.method,
-            learner.parts.context,
-            test,
-            len(order),
-            learner.tasks if task_aware else None,
+        tasks = learner.tasks if task_aware else None
+        method, context = learner.method, learner.parts.context
+        further = probes(
+            method,
+            context,
+            lambda: pick(plan.dataset.train, Arrival(order), order),
+            tasks or [len(order)],
+            plan.settings.engine.knn,
         )
+        correct = count_correct(method, context, test, len(order), tasks, further)
         limit = plan.budget.limit(len(order))
         return TaskOutcome(
             classes=classes,

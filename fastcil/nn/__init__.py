@@ -14,6 +14,8 @@ from fastcil.nn.losses import balanced_distillation as balanced_distillation
 from fastcil.nn.losses import cross_entropy_among as cross_entropy_among
 from fastcil.nn.losses import distillation as distillation
 from fastcil.nn.losses import outputs_of as outputs_of
+from fastcil.nn.mlp import MLP as MLP
+from fastcil.nn.mlp import mlp as mlp
 from fastcil.nn.network import Network as Network
 from fastcil.nn.network import build_module as build_module
 from fastcil.nn.pade import Pade as Pade

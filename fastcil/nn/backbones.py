@@ -11,6 +11,7 @@ from torch import nn
 
 from fastcil.errors import FastcilError
 from fastcil.nn.linearize import leaky
+from fastcil.nn.mlp import mlp
 from fastcil.nn.resnet import Stem, resnet18, resnet20, resnet32
 
 Activation = Literal["relu", "leaky"]
@@ -22,8 +23,12 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet20": resnet20,
     "resnet32": resnet32,
+    "mlp": mlp,
 }
-"""Builders by name, called with ``width`` and ``stem`` where those are given."""
+"""Builders by name, called with ``width``, ``stem`` and ``image_size`` where those are given.
+
+One that has no argument ``stem`` or ``image_size`` is not told that of the images.
+"""
 
 
 def stem_for(image_size: int) -> Stem:
@@ -57,9 +62,10 @@ def build_backbone(
     Args:
         name: A key of ``BACKBONES``.
         width: Channels of the first stage; None is the network's own.
-        image_size: Side of the training images, which chooses the stem where none is given.
+        image_size: Side of the training images, which chooses the stem where none is given, and
+            the inputs of an ``mlp``.
         stem: "imagenet", "small" or "cifar"; None chooses by ``image_size``, or the network's own
-            without one.
+            without one. An ``mlp`` has none.
         activation: "relu", or "leaky" for LeakyReLU(0.01) in the place of every ReLU, as Achille
             et al. (2021) and Shon et al. (2022, Sec. 4.1) have it in networks that they linearise.
             Names of modules and initial weights are the same, so that weights fit both.
@@ -69,7 +75,8 @@ def build_backbone(
         A module with ``out_channels`` and ``levels``.
 
     Raises:
-        FastcilError: If the name, the stem or the activation is unknown.
+        FastcilError: If the name, the stem or the activation is unknown, or the network has no
+            stem and one is given.
 
     Example:
         >>> build_backbone("resnet18", width=8, image_size=64).out_channels
@@ -82,8 +89,12 @@ def build_backbone(
         )
     if width is not None:
         options["width"] = width
-    if stem is None and image_size is not None:
-        stem = stem_for(image_size)
+    if stem is not None and not _takes(name, "stem"):
+        raise FastcilError(f"stem is {stem!r}, and {name!r} has none; leave it out.")
+    if image_size is not None:
+        stem = stem or default_stem(name, image_size)
+        if _takes(name, "image_size"):
+            options["image_size"] = image_size
     if stem is not None:
         options["stem"] = stem
     backbone = builder(**options)
@@ -108,6 +119,31 @@ def default_width(name: str) -> int | None:
     """
     width = inspect.signature(_builder(name)).parameters.get("width")
     return width.default if width is not None and isinstance(width.default, int) else None
+
+
+def default_stem(name: str, image_size: int) -> Stem | None:
+    """The stem that a network has where none is asked for.
+
+    Args:
+        name: A key of ``BACKBONES``.
+        image_size: Side of the training images in pixels.
+
+    Returns:
+        That of `stem_for`; None for a network that has no such argument.
+
+    Raises:
+        FastcilError: If the name is unknown.
+
+    Example:
+        >>> default_stem("resnet18", 64), default_stem("mlp", 28)
+        ('small', None)
+    """
+    return stem_for(image_size) if _takes(name, "stem") else None
+
+
+def _takes(name: str, argument: str) -> bool:
+    """Whether a network's builder has an argument."""
+    return argument in inspect.signature(_builder(name)).parameters
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:

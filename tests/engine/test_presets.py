@@ -101,8 +101,9 @@ def test_bad_preset_files_are_a_sentence(tmp_path: Path, text: str, says: str) -
         merge_options(tmp_path / "none.yaml", {}, ["er"])
 
 
-def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
+def test_an_unknown_preset_is_answered_with_the_nearest(monkeypatch) -> None:
     with pytest.raises(FastcilError, match=r"'cifar-b', .* did you mean 'cifar-b0'\? Known"):
         train("foster+cim", TINY, "lfs-2", preset="cifar-b")
+    monkeypatch.delattr("fastcil.methods.finetune.Finetune.PRESETS")
     with pytest.raises(FastcilError, match=r"preset is 'fast', .*; finetune has none\."):
         compare(["finetune"], TINY, "lfs-2", preset="fast")

@@ -127,8 +127,9 @@ def test_leaky_activations_leave_names_and_initial_weights(name):
 
 
 def test_default_widths():
-    assert {name: default_width(name) for name in BACKBONES} == {
-        name: BACKBONES[name]().stem[0].out_channels for name in BACKBONES
+    residual = [name for name in BACKBONES if name != "mlp"]
+    assert {name: default_width(name) for name in residual} == {
+        name: BACKBONES[name]().stem[0].out_channels for name in residual
     }
 
 
