@@ -1,0 +1,309 @@
+"""Diagonal and Kronecker-factored curvatures, all with one face, and how they are made by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastcil.curvature.curvature import Curvature, Scan, grown
+from fastcil.curvature.diagonal import DiagonalFisher, MemoryAwareSynapses, Per
+from fastcil.curvature.eigen import EigenBlock, EigenCorrection, eigenbasis, turned_values
+from fastcil.curvature.kronecker import Factors, KroneckerFactors
+from fastcil.curvature.layers import find_layers
+from fastcil.curvature.outputs import Estimator, Likelihood
+from fastcil.curvature.penalty import (
+    Product,
+    diagonal_product,
+    eigen_product,
+    kronecker_product,
+)
+from fastcil.errors import FastcilError
+
+CurvatureKind = Literal["diagonal", "mas", "kfac", "tkfac", "xkfac", "ekfac"]
+
+
+class DiagonalCurvature(Curvature):
+    """One number for each parameter: `DiagonalFisher` or `MemoryAwareSynapses`.
+
+    Args:
+        model: The network.
+        names: Parameters it is about.
+        make: Makes an empty accumulator of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        make: Callable[[], DiagonalFisher | MemoryAwareSynapses],
+    ) -> None:
+        super().__init__(model, names)
+        self._make = make
+        self._values: dict[str, Tensor] = {}
+
+    def measure(self, scan: Scan, generator: torch.Generator) -> None:
+        """By one pass."""
+        sums = self._make()
+        scan(lambda images, labels: sums.update(images, labels, generator=generator))
+        self._values = sums.values()
+
+    def merge(self, other: DiagonalCurvature, mine: float, theirs: float) -> None:
+        """The weighted sum, exactly; what one of them has not is zero (a head that grew)."""
+        for name, value in other._values.items():
+            own = grown(self._values[name], value.shape) if name in self._values else 0.0
+            self._values[name] = mine * own + theirs * value
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The values by parameter name."""
+        return dict(self._values)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes values by parameter name."""
+        self._values = dict(tensors)
+
+    def products(self) -> list[tuple[tuple[str, ...], Product]]:
+        """A block for each parameter."""
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        return [
+            ((name,), diagonal_product(grown(value, shapes[name])))
+            for name, value in self._values.items()
+        ]
+
+
+class KroneckerCurvature(Curvature):
+    """K-FAC, TK-FAC or XK-FAC of layers: `KroneckerFactors`.
+
+    Args:
+        model: The network.
+        layers: Paths of its layers.
+        identity: Layers whose output factor is the identity, whatever units they have or come to
+            have: the classifier under a Gaussian likelihood (Shon et al. 2022, Eq. 13).
+        **options: Of `KroneckerFactors`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        identity: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        found = find_layers(model, layers)
+        super().__init__(model, [name for layer in found for name in layer.parameters])
+        self._layers, self._identity, self._options = tuple(layers), tuple(identity), options
+        self._parameters = {layer.name: tuple(layer.parameters) for layer in found}
+        self._factors = self._empty()
+
+    def _empty(self) -> KroneckerFactors:
+        return KroneckerFactors(self.model, self._layers, **self._options)
+
+    def measure(self, scan: Scan, generator: torch.Generator) -> None:
+        """By one pass."""
+        self._factors = self._empty()
+        scan(lambda images, labels: self._factors.update(images, labels, generator=generator))
+
+    def merge(self, other: KroneckerCurvature, mine: float, theirs: float) -> None:
+        """Factor by factor, on their sums (Shon et al. 2022, Sec. 4.1)."""
+        self._factors.merge(other._factors, mine, theirs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums."""
+        return self._factors.tensors()
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes sums."""
+        self._factors = self._empty()
+        self._factors.load_tensors(tensors)
+
+    def products(self) -> list[tuple[tuple[str, ...], Product]]:
+        """A block for each layer."""
+        shapes = dict(self.model.named_parameters())
+        blocks: list[tuple[tuple[str, ...], Product]] = []
+        for name, terms in self._factors.dense().items():
+            parameters = self._parameters[name]
+            weight = shapes[parameters[0]]
+            if name in self._identity:
+                blocks.append((parameters, _right_product(terms)))
+                continue
+            wide = [
+                Factors(a, grown(g, (*g.shape[:-2], weight.shape[0], weight.shape[0])))
+                if g.ndim == 2
+                else Factors(a, g)
+                for a, g in terms
+            ]
+            blocks.append((parameters, _as_matrix(kronecker_product(wide), wide[0].output)))
+        return blocks
+
+
+class EigenCurvature(Curvature):
+    """EK-FAC of layers: `EigenCorrection` in the basis of K-FAC.
+
+    Tasks are merged in the basis of the merged factors, into which the values of both are turned
+    (`turned_values`); eigenvectors are computed once for a task and once for a merge.
+
+    Args:
+        model: The network.
+        layers: Paths of its layers.
+        **options: Of `KroneckerFactors`, but for ``kind``.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], **options: Any) -> None:
+        found = find_layers(model, layers)
+        super().__init__(model, [name for layer in found for name in layer.parameters])
+        self._layers, self._options = tuple(layers), options
+        self._parameters = {layer.name: tuple(layer.parameters) for layer in found}
+        self._factors = KroneckerFactors(model, self._layers, **options)
+        self._blocks: dict[str, EigenBlock] = {}
+
+    def measure(self, scan: Scan, generator: torch.Generator) -> None:
+        """By two passes: factors, then eigenvalues."""
+        self._factors = KroneckerFactors(self.model, self._layers, **self._options)
+        scan(lambda images, labels: self._factors.update(images, labels, generator=generator))
+        basis = self._basis()
+        correction = EigenCorrection(self.model, basis, **self._options)
+        scan(lambda images, labels: correction.update(images, labels, generator=generator))
+        self._blocks = correction.blocks()
+
+    def _basis(self) -> dict[str, EigenBlock]:
+        return eigenbasis({name: block for name, (block,) in self._factors.dense().items()})
+
+    def merge(self, other: EigenCurvature, mine: float, theirs: float) -> None:
+        """The diagonal of the weighted sum, in the basis of the merged factors."""
+        self._factors.merge(other._factors, mine, theirs)
+        basis = self._basis()
+        for name, block in basis.items():
+            old, new = self._blocks[name], other._blocks[name]
+            old = _grown_block(old, new)
+            values = mine * turned_values(old, block) + theirs * turned_values(new, block)
+            self._blocks[name] = block._replace(values=values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors' sums, and the blocks."""
+        held = {f"factors/{key}": value for key, value in self._factors.tensors().items()}
+        for name, block in self._blocks.items():
+            held |= {f"blocks/{name}/{k}": v for k, v in block._asdict().items()}
+        return held
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes sums and blocks."""
+        own = "factors/"
+        self._factors = KroneckerFactors(self.model, self._layers, **self._options)
+        self._factors.load_tensors(
+            {k[len(own) :]: v for k, v in tensors.items() if k.startswith(own)}
+        )
+        self._blocks = {
+            name: EigenBlock(*(tensors[f"blocks/{name}/{k}"] for k in EigenBlock._fields))
+            for name in self._layers
+        }
+
+    def products(self) -> list[tuple[tuple[str, ...], Product]]:
+        """A block for each layer."""
+        shapes = dict(self.model.named_parameters())
+        blocks: list[tuple[tuple[str, ...], Product]] = []
+        for name, block in self._blocks.items():
+            parameters = self._parameters[name]
+            rows = shapes[parameters[0]].shape[0]
+            if block.values.ndim == 2 and rows > len(block.values):
+                wider = block.values.new_zeros(rows, rows)
+                block = _grown_block(block, block._replace(output_basis=wider))
+            product = eigen_product(block.input_basis, block.output_basis, block.values)
+            blocks.append((parameters, _as_matrix(product, block.output_basis)))
+        return blocks
+
+
+def _grown_block(block: EigenBlock, like: EigenBlock) -> EigenBlock:
+    """A block with as many outputs as another has, of which the new ones have no curvature."""
+    old, rows = block.output_basis, like.output_basis.shape[-1]
+    if old.ndim != 2 or len(old) == rows:
+        return block
+    basis = torch.eye(rows, dtype=old.dtype, device=old.device)
+    basis[: len(old), : len(old)] = old
+    values = grown(block.values, (rows, block.values.shape[1]))
+    return block._replace(output_basis=basis, values=values)
+
+
+def _as_matrix(product: Product, output: Tensor) -> Product:
+    """The map of a whole weight: without a bias it comes in its own shape, with groups stacked."""
+
+    def on_weight(d: Tensor) -> Tensor:
+        rows = d.flatten(1)
+        if output.ndim == 3:
+            rows = rows.unflatten(0, (len(output), -1))
+        return product(rows).reshape(d.shape)
+
+    return on_weight
+
+
+def _right_product(terms: Sequence[Factors]) -> Product:
+    """D -> D A, the output factor being the identity."""
+    inner = terms[0].input
+    return lambda d: (d.flatten(1) @ inner).reshape(d.shape)
+
+
+def make_curvature(
+    kind: CurvatureKind,
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    *,
+    likelihood: Likelihood = "categorical",
+    estimator: Estimator = "sampled",
+    samples: int = 1,
+    per: Per = "sample",
+    identity: Sequence[str] = (),
+) -> Curvature:
+    """An empty curvature of a kind.
+
+    Args:
+        kind: ``diagonal`` (Kirkpatrick et al. 2017), ``mas`` (Aljundi et al. 2018), ``kfac``
+            (Martens and Grosse 2015), ``tkfac`` (Gao et al. 2021), ``xkfac`` (Lee et al. 2020),
+            ``ekfac`` (George et al. 2018).
+        model: The network, whose outputs are [N, K].
+        names: Parameters to be about, or with a Kronecker form the layers; None for all that are
+            trained, or all convolutions and linear layers.
+        likelihood: Of the labels (`fastcil.curvature.output_vectors`).
+        estimator: Of the expectation over labels, as there.
+        samples: Draws per sample, as there.
+        per: For diagonals, whose gradient is taken: a ``sample``'s, or a ``batch``'s.
+        identity: Layers whose output factor is the identity, for ``kfac`` and its like.
+
+    Raises:
+        FastcilError: An unknown kind, or arguments that don't go together.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> curvature = make_curvature("kfac", model, estimator="exact")
+        >>> x, y = torch.randn(8, 3), torch.zeros(8, dtype=torch.int64)
+        >>> curvature.measure(lambda update: update(x, y), torch.Generator())
+        >>> from fastcil.curvature import Penalty
+        >>> penalty = Penalty(curvature)
+        >>> penalty({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
+        tensor(0.)
+    """
+    options: dict[str, Any] = {
+        "likelihood": likelihood, "estimator": estimator, "samples": samples
+    }  # fmt: skip
+    if kind == "diagonal":
+        wanted = _trained(model, names)
+        return DiagonalCurvature(
+            model, wanted, lambda: DiagonalFisher(model, wanted, per=per, **options)
+        )
+    if kind == "mas":
+        wanted = _trained(model, names)
+        return DiagonalCurvature(model, wanted, lambda: MemoryAwareSynapses(model, wanted, per=per))
+    if kind not in get_args(CurvatureKind):
+        raise FastcilError(
+            f"curvature is {kind!r}; it must be one of {', '.join(get_args(CurvatureKind))}."
+        )
+    layers = [layer.name for layer in find_layers(model, names)]
+    if kind == "ekfac":
+        return EigenCurvature(model, layers, **options)
+    return KroneckerCurvature(model, layers, identity, kind=kind, **options)
+
+
+def _trained(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
+    if names is not None:
+        return tuple(names)
+    return tuple(name for name, p in model.named_parameters() if p.requires_grad)
