@@ -129,11 +129,27 @@ def file_of(facts: dict[str, Any]) -> Path:
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
+def alike(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any] | None:
+    """The surroundings of both, or None where they differ."""
+    peers = {**old["peers"], **new["peers"]}
+    same = all(old["peers"].get(name, version) == version for name, version in new["peers"].items())
+    return {**new, "peers": peers} if same and {**old, "peers": 0} == {**new, "peers": 0} else None
+
+
 def keep(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Writes figures; those of other cases that one commit has given stay."""
+    """Writes figures, each with the commit that gave it.
+
+    Those of other cases stay if they were taken in the same surroundings: by the same versions, of
+    the peers too as far as both had them.
+    """
+    commit = facts["commit"]
+    facts = {name: value for name, value in facts.items() if name != "commit"}
+    rows = [{**row, "commit": commit} for row in rows]
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        if old["environment"] == facts:
+        merged = alike(old["environment"], facts)
+        if merged is not None:
+            facts = merged
             fresh = {(row["op"], row["name"]) for row in rows}
             rows = [r for r in old["cases"] if (r["op"], r["name"]) not in fresh] + rows
     device = "cpu" if facts["device"] == "cpu" else "cuda"
@@ -176,6 +192,20 @@ def geometric_means(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     return lines
 
 
+def commits(rows: list[dict[str, Any]]) -> str:
+    """Which commit gave the figures of which ops."""
+    ops: dict[str, list[str]] = {}
+    for row in rows:
+        named = ops.setdefault(row["commit"], [])
+        if row["op"] not in named:
+            named.append(row["op"])
+    if len(ops) == 1:
+        return f"commit {next(iter(ops))}"
+    return "commits " + ", ".join(
+        f"{commit} ({', '.join(f'`{op}`' for op in named)})" for commit, named in ops.items()
+    )
+
+
 def table(content: dict[str, Any]) -> str:
     """The Markdown table of kept figures, and lines that say where they come from."""
     lines = [
@@ -203,7 +233,7 @@ def table(content: dict[str, Any]) -> str:
         how = "by the GPU's clock, its cache empty; copy: as many bytes as the op must move"
     where = (
         f"`{content['command']}`; {facts['rounds']} rounds, {device}, torch {facts['torch']}"
-        f"{peers}, Python {facts['python']}, commit {facts['commit']}; {how}."
+        f"{peers}, Python {facts['python']}, {commits(content['cases'])}; {how}."
     )
     means = "".join(f"{line}.\n" for line, _ in geometric_means(content["cases"]))
     return "\n".join([*lines, "", means + where])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcil.contract import Context, evaluating
 from fastcil.curvature.curvature import Curvature, Penalty, Scan, grown
@@ -15,14 +17,19 @@ from fastcil.nn import Tensors
 _WHERE, _HOW = "anchor/", "curvature/"
 
 
-def scan_of(context: Context, model: nn.Module, examples: Examples) -> Scan:
+def scan_of(
+    context: Context, model: nn.Module, examples: Examples, batch_statistics: bool = False
+) -> Scan:
     """Goes through a task's images, unaugmented, the model being in evaluation mode.
 
     Args:
         context: Reads the images.
         model: What the curvature is measured of.
         examples: The images.
+        batch_statistics: Whether batch norms that are in training mode stay so, but for the
+            running statistics, which don't move.
     """
+    training = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
 
     def scan(update: object) -> None:
         def look(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
@@ -30,10 +37,24 @@ def scan_of(context: Context, model: nn.Module, examples: Examples) -> Scan:
                 update(images, labels)  # type: ignore[operator]
             return (labels,)
 
-        with evaluating(model):
+        with evaluating(model), _unmoved(training if batch_statistics else []):
             context.scan_labelled(look, examples, look="centre")
 
     return scan
+
+
+@contextmanager
+def _unmoved(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Batch norms that use a batch's own statistics, and keep the running ones as they were."""
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, values in zip(norms, before, strict=True):
+            for name, value in values.items():
+                norm.get_buffer(name).copy_(value)
 
 
 def keep(model: nn.Module, names: Iterable[str], curvature: Curvature | None) -> Tensors:

@@ -29,6 +29,9 @@ class Curvature(ABC):
         names: Parameters it is about.
     """
 
+    # Whether it is of batches rather than samples: batch norms then measure in training mode.
+    of_batches = False
+
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = model
         self.names = tuple(names)

@@ -96,6 +96,7 @@ class KroneckerCurvature(Curvature):
         self._layers, self._identity, self._options = tuple(layers), tuple(identity), options
         self._parameters = {layer.name: tuple(layer.parameters) for layer in found}
         self._factors = self._empty()
+        self.of_batches = options.get("kind") == "xkfac"
 
     def _empty(self) -> KroneckerFactors:
         return KroneckerFactors(self.model, self._layers, **self._options)

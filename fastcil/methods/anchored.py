@@ -160,7 +160,8 @@ class Anchored(Method):
         if self.config.norms == "first" and task.first:
             self.network.freeze_norms()
         new = self.curvature()
-        new.measure(scan_of(self.context, self.network, task.examples), draws(task.index))
+        scan = scan_of(self.context, self.network, task.examples, new.of_batches)
+        new.measure(scan, draws(task.index))
         old = None
         if len(self.kept):
             old = self.curvature()

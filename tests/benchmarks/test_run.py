@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
@@ -71,9 +72,18 @@ def test_figures_are_kept_and_shown(row, tmp_path, monkeypatch):
     ratio = row["ways"]["slow peer"]["min"] / row["ways"]["fastcil"]["min"]
     assert f"slow peer {ratio:.1f} (" in readme and "peer that errs: wrong result" in readme
     assert "commit abc" in readme and "old" not in readme
-    # Figures of another commit are not mixed with these.
-    run.keep(path, [row], FACTS | {"commit": "def"})
-    assert len(json.loads(path.read_text())["cases"]) == 1
+    # Those of another commit say so, and one more peer does not matter.
+    more = FACTS | {"commit": "def", "peers": {"kornia": "1"}}
+    run.keep(path, [row], more)
+    content = json.loads(path.read_text())
+    assert [kept["commit"] for kept in content["cases"]] == ["def", "abc"]
+    assert content["environment"]["peers"] == {"pillow": "12", "kornia": "1"}
+    assert f"commits def (`{row['op']}`), abc (`{row['op']}`)" in run.table(content)
+    # Figures of other versions are not mixed with these.
+    for other in ({"torch": "9"}, {"peers": {"pillow": "13"}}):
+        run.keep(path, [row, {**row, "name": "second order, 16x64x56x56"}], FACTS)
+        run.keep(path, [row], FACTS | other)
+        assert len(json.loads(path.read_text())["cases"]) == 1
 
 
 def grouped(name, ours, *others, group="batch 8"):
@@ -104,7 +114,9 @@ def test_what_ours_did_is_noted():
     )
     row = run.measure(case, 1)
     assert json.loads(json.dumps(row))["group"] == {"name": "all", "peers": ["peer"], "aim": 2}
-    assert "(lags)" in run.table({"cases": [row], "environment": FACTS, "command": "make bench"})
+    assert "(lags)" in run.table(
+        {"cases": [row | {"commit": "abc"}], "environment": FACTS, "command": "make bench"}
+    )
 
 
 def test_every_kept_case_is_one_there_is():
@@ -117,4 +129,5 @@ def test_every_kept_case_is_one_there_is():
         content = json.loads(path.read_text())
         names = set(known["cpu" if content["environment"]["device"] == "cpu" else "cuda"])
         assert set() < {(row["op"], row["name"]) for row in content["cases"]} <= names
-        assert {"commit", "torch", "processor", "rounds", "peers"} <= set(content["environment"])
+        assert all(re.fullmatch("[0-9a-f]{12}", row["commit"]) for row in content["cases"])
+        assert {"torch", "processor", "rounds", "peers"} <= set(content["environment"])

@@ -18,7 +18,6 @@ from fastcil.cli import main
 from fastcil.engine.state import load_state
 
 OPTIONS = [
-    "--method=foster+cim",
     "--data=scenes:classes=6,size=32,train_per_class=12,test_per_class=4",
     "--scenario=lfs-3",
     "--memory=24KiB",
@@ -35,8 +34,8 @@ FORKS = multiprocessing.get_context("forkserver")
 IMPORTS = ["fastcil.cli", "fastcil.engine.arguments", "fastcil.engine.run", "torch._dynamo"]
 
 
-def command(run_dir: Path) -> list[str]:
-    return ["train", *OPTIONS, f"--run_dir={run_dir}"]
+def command(run_dir: Path, method: str = "foster+cim") -> list[str]:
+    return ["train", f"--method={method}", *OPTIONS, f"--run_dir={run_dir}"]
 
 
 def kill_after(run_dir: Path, events: int, seconds: float) -> bool:
@@ -46,6 +45,22 @@ def kill_after(run_dir: Path, events: int, seconds: float) -> bool:
     process = FORKS.Process(target=main, args=(command(run_dir),))
     process.start()
     while process.is_alive() and count_lines(log) < before + events:
+        time.sleep(0.003)
+    process.join(seconds)
+    killed = process.is_alive()
+    process.kill()
+    process.join()
+    return killed
+
+
+def kill_in_second_task(run_dir: Path, method: str, seconds: float) -> bool:
+    """Kills a run some time after its second task began to train; whether it was still going."""
+    log = run_dir / "seed-0" / "events.jsonl"
+    process = FORKS.Process(target=main, args=(command(run_dir, method),))
+    process.start()
+    while process.is_alive() and (
+        not log.is_file() or log.read_text().count('"event": "stage"') < 2
+    ):
         time.sleep(0.003)
     process.join(seconds)
     killed = process.is_alive()
@@ -96,6 +111,22 @@ def test_killed_three_times_ends_in_the_same_bits(
     assert_same(whole, again, f"waits {waits}")
     left = {file.name for file in (folder / "seed-0").iterdir()}
     assert left == {"events.jsonl", "learner.safetensors", "result.json"}
+
+
+@pytest.mark.parametrize("method", ["dlcft", "darkpp"])
+def test_killed_in_the_second_task(method: str, tmp_path: Path, assert_same) -> None:
+    """What is kept of the first, curvature or logits, and what the later tasks make of it."""
+    FORKS.set_forkserver_preload(IMPORTS)
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert main(command(whole, method)) == 0
+    wait = random.Random(os.getpid()).uniform(0, 0.1)
+    assert kill_in_second_task(folder, method, wait), f"it ended before; waited {wait}"
+    saved = load_state(folder / "seed-0" / "checkpoint.safetensors")
+    assert len(saved["tasks"]) == 1, f"killed elsewhere; waited {wait}"
+    assert main(command(folder, method)) == 0
+    assert_same(outcome(whole), outcome(folder), f"waited {wait}")
+    one, two = (load_state(f / "seed-0" / "learner.safetensors") for f in (whole, folder))
+    assert_same(one, two, f"waited {wait}")
 
 
 def test_a_finished_run_is_read_and_not_repeated(uninterrupted: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from fastcil import ops
+from fastcil.curvature import ConvInputFactor
 from fastcil.ops.pixel_program import AMOUNTS, OPERATIONS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -317,3 +318,36 @@ def test_herding(dtype, device):
     features = normal(340, 64, seed=0).to(dtype)
     expected = ops.herding(features.double(), starts, 20)
     assert torch.equal(ops.herding(features.to(device), starts.to(device), 20).cpu(), expected)
+
+
+@device_of_test
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_patch_gram(weighted, layout, dtype, device):
+    x = normal(5, 12, 13, 10, seed=0)
+    weights = torch.rand(5, generator=torch.Generator().manual_seed(1)) if weighted else None
+    geometry = {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
+    state = torch.zeros(72, 72, dtype=dtype, device=device)
+    given = None if weights is None else weights.to(device)
+    for _ in range(2):
+        ops.patch_gram_(
+            state, LAYOUTS[layout](x.to(device, dtype)), **geometry, weights=given, decay=0.5
+        )
+    rows = functional.unfold(x.to(dtype).double(), (3, 2), (1, 2), (1, 0), (2, 1))
+    rows = rows * (1 if weights is None else weights.double().sqrt()[:, None, None])
+    assert_near(state, 1.5 * torch.einsum("nil,njl->ij", rows, rows).tril(), ERROR[dtype])
+
+
+@device_of_test
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ["patches", "lags", "spectra"])
+def test_input_factor(route, layout, dtype, device):
+    x = normal(5, 20, 9, 11, seed=0)
+    factor = ConvInputFactor(20, 3, padding=1, bias=True, dtype=dtype, route=route)
+    for _ in range(2):
+        factor.update(LAYOUTS[layout](x.to(device, dtype)), decay=0.5)
+    rows = functional.unfold(x.to(dtype).double(), 3, padding=1).mT.reshape(-1, 180)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    assert_near(factor.dense(), rows.T @ rows / len(rows), ERROR[dtype])
