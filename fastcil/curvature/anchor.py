@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -31,10 +31,10 @@ def scan_of(
     """
     training = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
 
-    def scan(update: object) -> None:
+    def scan(update: Callable[[Tensor, Tensor], None]) -> None:
         def look(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
             if len(images):
-                update(images, labels)  # type: ignore[operator]
+                update(images, labels)
             return (labels,)
 
         with evaluating(model), _unmoved(training if batch_statistics else []):

@@ -324,9 +324,12 @@ class DLCFT(Method):
         self._hold = None
 
     def retained(self) -> list[Retained]:
-        """The anchor and the curvature."""
+        """The anchor and the curvature, and the static classifier."""
         buffers = {name: self.kept[name] for name in self.kept.names}
-        return [Retained("curvature", "curvature", buffers)]
+        return [
+            Retained("curvature", "curvature", buffers),
+            Retained("static classifier", "network", {"static": self.static}),
+        ]
 
 
 class _Scores(nn.Module):

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastcil.contract import Context, Recipe, Task, check_not_negative
+from fastcil.contract import Context, Recipe, Retained, Task, check_not_negative
 from fastcil.curvature import Curvature, make_curvature
 from fastcil.curvature.anchor import displacements
+from fastcil.curvature.curvature import grown
 from fastcil.methods.anchored import Anchored, AnchoredConfig, added
 from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Tensors
@@ -103,21 +104,25 @@ class EWC(Anchored):
         moved = displacements(self.kept, dict(self.network.named_parameters()))
         with torch.autocast(value.device.type, enabled=False):
             terms = [
-                torch.sum(moved[name][: len(pull)] * pull)
+                torch.sum(moved[name] * grown(pull, moved[name].shape))
                 for name, pull in self.pull.group("").items()
             ]
             return value + torch.stack(terms).sum()
+
+    def retained(self) -> list[Retained]:
+        """The last anchor, the curvature, and how the earlier anchors pull."""
+        pulls = {name: self.pull[name] for name in self.pull.names}
+        return [*super().retained(), Retained("earlier anchors", "curvature", pulls)]
 
 
 def _pull(before: Tensors, fisher: dict[str, Tensor], moved: dict[str, Tensor]) -> Tensors:
     """Sum over anchors k of F^k (anchor now - anchor k): what F and the last step add to it."""
     with torch.no_grad():
         pulls = {}
-        for name, value in fisher.items():
-            step = value * moved[name][: len(value)]
+        for name, step in moved.items():
+            pulls[name] = step * grown(fisher[name], step.shape)
             if name in before.names:
-                step[: len(before[name])] += before[name]
-            pulls[name] = step
+                pulls[name] += grown(before[name], step.shape)
     return Tensors(pulls)
 
 
