@@ -53,21 +53,27 @@ struct Frequencies {
   int64_t samples() const { return offsets.back(); }
 };
 
-// Samples of all frequencies of one group of signals: [frequency][panel][sample][kTile].
+// Samples of some frequencies of one group of signals: [frequency][panel][sample][kTile].
 template <typename T>
 struct Samples {
   const Frequencies& frequencies;
   int64_t panels;
+  int64_t begin, end;  // which of the frequencies kept
   T* data;
 
+  int64_t size() const {
+    return (frequencies.offsets[end] - frequencies.offsets[begin]) * panels * kTile;
+  }
+
   T* at(int64_t offset, int64_t rows, int64_t panel) const {
-    return data + (offset * panels + panel * rows) * kTile;
+    return data + ((offset - frequencies.offsets[begin]) * panels + panel * rows) * kTile;
   }
 
   // The value of one frequency in one panel, of a pair of images.
   C10_ALWAYS_INLINE void put(int64_t place, int64_t images, int64_t pair, int64_t panel,
                              const T* value) const {
     const auto& to = frequencies.places[place];
+    if (to.offset < frequencies.offsets[begin] || to.offset >= frequencies.offsets[end]) return;
     if (to.own) {
       std::copy_n(value, 2 * kTile, at(to.offset, images, panel) + 2 * pair * kTile);
       return;
@@ -193,7 +199,8 @@ template <typename T>
 void add_products(const Samples<T>& samples, T* state, T decay) {
   const auto& frequencies = samples.frequencies;
   const int64_t panels = samples.panels, tile = kTile * kTile;
-  at::parallel_for(0, frequencies.kept() * panels, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(samples.begin * panels, samples.end * panels, 1, [&](int64_t begin,
+                                                                        int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t f = at / panels, i = at % panels;
       const int64_t offset = frequencies.offsets[f], rows = frequencies.offsets[f + 1] - offset;
@@ -223,44 +230,86 @@ void add_products(const Samples<T>& samples, T* state, T decay) {
   });
 }
 
+// All groups of signals, of which a part of the frequencies at a time is transformed and added.
 template <typename T>
-void add(at::Tensor& whole, at::Tensor& rows, at::Tensor& columns, at::Tensor& corners,
-         const at::Tensor& x, const T* scales, T decay, at::IntArrayRef size,
-         at::IntArrayRef border) {
-  const int64_t images = (x.size(0) + 1) / 2 * 2, ty = border[0], tx = border[1];
-  const int64_t panels = (x.size(1) + kTile - 1) / kTile;
-  const Frequencies both(size[0], size[1], images), along_x(1, size[1], images),
-      along_y(1, size[0], images), none(1, 1, images);
-  // [whole; top, bottom; left, right; the corners]
-  const int64_t row = along_x.samples() * ty, column = along_y.samples() * tx;
-  const int64_t corner = none.samples() * ty * tx;
-  const auto memory = recycled_empty(
-      {(both.samples() + 2 * row + 2 * column + 4 * corner) * panels * kTile}, x.scalar_type());
-  T* next = memory.mutable_data_ptr<T>();
-  const auto group = [&](const Frequencies& frequencies, int64_t stacked) {
-    const Samples<T> samples{frequencies, stacked * panels, next};
-    next += frequencies.samples() * stacked * panels * kTile;
-    return samples;
+class Adder {
+ public:
+  Adder(at::Tensor& whole, at::Tensor& rows, at::Tensor& columns, at::Tensor& corners,
+        const at::Tensor& x, const T* scales, at::IntArrayRef size, at::IntArrayRef border)
+      : x_(x), scales_(scales), images_((x.size(0) + 1) / 2 * 2),
+        panels_((x.size(1) + kTile - 1) / kTile), ty_(border[0]), tx_(border[1]),
+        both_(size[0], size[1], images_), along_x_(1, size[1], images_),
+        along_y_(1, size[0], images_), none_(1, 1, images_) {
+    groups_.push_back({both_, 1, whole.mutable_data_ptr<T>()});
+    add_groups(along_x_, ty_, rows, 2);
+    add_groups(along_y_, tx_, columns, 2);
+    add_groups(none_, ty_ * tx_, corners, 4);
+  }
+
+  // Where there are many channels their products take so much longer than the transforms that
+  // these may be made twice, each time for half of the frequencies: samples then take half the
+  // memory.
+  void operator()(T decay) const {
+    if (panels_ < kManyPanels) {
+      add(0, both_.kept(), true, decay);
+      return;
+    }
+    const int64_t bands = 2 * (along_x_.samples() * ty_ + along_y_.samples() * tx_);
+    const int64_t rest = (both_.samples() - bands) / 2;
+    const auto& offsets = both_.offsets;
+    const int64_t middle = std::lower_bound(offsets.begin(), offsets.end(), rest) - offsets.begin();
+    add(0, middle, true, decay);
+    add(middle, both_.kept(), false, decay);
+  }
+
+ private:
+  static constexpr int64_t kManyPanels = 16;
+
+  struct Group {
+    const Frequencies& frequencies;
+    int64_t stacked;
+    T* state;
   };
-  const auto all = group(both, 1);
-  const std::array<Samples<T>, 2> bands{group(along_x, ty), group(along_x, ty)};
-  const std::array<Samples<T>, 2> sides{group(along_y, tx), group(along_y, tx)};
-  const std::array<Samples<T>, 4> edges{group(none, ty * tx), group(none, ty * tx),
-                                        group(none, ty * tx), group(none, ty * tx)};
-  at::parallel_for(0, images / 2 * panels, 1, [&](int64_t begin, int64_t end) {
-    Transformer<T> transform(x.const_data_ptr<T>(), x.sizes(), x.strides(), scales, all, bands,
-                             sides, edges, ty, tx);
-    for (int64_t at = begin; at < end; ++at) transform(at / panels, at % panels);
-  });
-  add_products(all, whole.mutable_data_ptr<T>(), decay);
-  for (int64_t side = 0; side < 2; ++side) {
-    add_products(bands[side], rows.mutable_data_ptr<T>() + rows.numel() / 2 * side, decay);
-    add_products(sides[side], columns.mutable_data_ptr<T>() + columns.numel() / 2 * side, decay);
+
+  const at::Tensor& x_;
+  const T* scales_;
+  int64_t images_, panels_, ty_, tx_;
+  Frequencies both_, along_x_, along_y_, none_;
+  std::vector<Group> groups_;  // whole; top, bottom; left, right; the corners
+
+  void add_groups(const Frequencies& frequencies, int64_t stacked, at::Tensor& state, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+      T* own = state.mutable_data_ptr<T>() + state.numel() / count * k;
+      groups_.push_back({frequencies, stacked, own});
+    }
   }
-  for (int64_t k = 0; k < 4; ++k) {
-    add_products(edges[k], corners.mutable_data_ptr<T>() + corners.numel() / 4 * k, decay);
+
+  // Frequencies [begin, end) of whole images, and the bands if so.
+  void add(int64_t begin, int64_t end, bool bands, T decay) const {
+    std::vector<Samples<T>> samples;
+    int64_t size = 0;
+    for (const auto& group : groups_) {
+      const bool whole = samples.empty();
+      const int64_t last = whole ? end : bands ? group.frequencies.kept() : 0;
+      samples.push_back(
+          {group.frequencies, group.stacked * panels_, whole ? begin : 0, last, nullptr});
+      size += samples.back().size();
+    }
+    const auto memory = recycled_empty({size}, x_.scalar_type());
+    T* next = memory.template mutable_data_ptr<T>();
+    for (auto& part : samples) {
+      part.data = next;
+      next += part.size();
+    }
+    at::parallel_for(0, images_ / 2 * panels_, 1, [&](int64_t from, int64_t to) {
+      Transformer<T> transform(x_.const_data_ptr<T>(), x_.sizes(), x_.strides(), scales_,
+                               samples[0], {samples[1], samples[2]}, {samples[3], samples[4]},
+                               {samples[5], samples[6], samples[7], samples[8]}, ty_, tx_);
+      for (int64_t at = from; at < to; ++at) transform(at / panels_, at % panels_);
+    });
+    for (size_t k = 0; k < samples.size(); ++k) add_products(samples[k], groups_[k].state, decay);
   }
-}
+};
 
 void spectral_gram_cpu(at::Tensor whole, at::Tensor rows, at::Tensor columns, at::Tensor corners,
                        const at::Tensor& x, const std::optional<at::Tensor>& weights, double decay,
@@ -272,12 +321,11 @@ void spectral_gram_cpu(at::Tensor whole, at::Tensor rows, at::Tensor columns, at
                       "spectral_gram_ adds to contiguous tensors of the images' dtype");
   }
   if (x.scalar_type() == at::kDouble) {
-    add<double>(whole, rows, columns, corners, x,
-                weights ? scales.const_data_ptr<double>() : nullptr, decay, size, border);
+    const auto* scale = weights ? scales.const_data_ptr<double>() : nullptr;
+    Adder<double>(whole, rows, columns, corners, x, scale, size, border)(decay);
   } else {
-    add<float>(whole, rows, columns, corners, x,
-               weights ? scales.const_data_ptr<float>() : nullptr, static_cast<float>(decay), size,
-               border);
+    const auto* scale = weights ? scales.const_data_ptr<float>() : nullptr;
+    Adder<float>(whole, rows, columns, corners, x, scale, size, border)(static_cast<float>(decay));
   }
 }
 

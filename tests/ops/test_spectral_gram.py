@@ -27,6 +27,7 @@ CASES = [
     (5, 16, 12, 13, (15, 16), (0, 0)),
     (2, 2, 3, 5, (25, 27), (0, 3)),
     (2, 1, 1, 1, (1, 1), (1, 1)),
+    (3, 250, 3, 4, (5, 6), (1, 2)),  # many panels: in two halves
 ]
 FORMS = [torch.contiguous_format, torch.channels_last]
 
