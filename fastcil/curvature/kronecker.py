@@ -259,7 +259,9 @@ class _LayerSums:
         outputs = module.weight.shape[0]
         self.outputs = ConvInputFactor(outputs, 1, groups=self.groups, dtype=dtype)
         self.extra: dict[str, Tensor] = {}  # delta of tkfac; sums over pairs of xkfac
-        self._traces: dict[int, Any] = {}  # of every call's output gradients, of a batch under way
+        # Of every call of a batch under way: traces of output gradients, norms of inputs.
+        self._traces: dict[int, Any] = {}
+        self._norms: dict[int, Tensor] = {}
 
     def add_outputs(self, layer: Layer, gradients: list[Tensor], decay: float) -> None:
         """Adds the gradients of one vector, call by call."""
@@ -272,7 +274,9 @@ class _LayerSums:
             images, each = layer.as_images(g)
             weights = None
             if self.kind == "tkfac":
-                weights = layer.patch_norms(x).repeat_interleave(each)
+                if call not in self._norms:
+                    self._norms[call] = layer.patch_norms(x)
+                weights = self._norms[call].repeat_interleave(each)
                 norms = g.flatten(1).square().sum(1)
                 self._traces[call] = self._traces.get(call, 0) + norms
             self.outputs.update(images, first, weights)
@@ -292,7 +296,7 @@ class _LayerSums:
             weights = None
             if self.kind == "tkfac":
                 traces = self._traces.pop(call)
-                self._add_extra("delta", (layer.patch_norms(x) * traces).sum(), first)
+                self._add_extra("delta", (self._norms.pop(call) * traces).sum(), first)
                 weights = traces.repeat_interleave(each)
             self.inputs.update(images, first, weights)
             if self.kind == "xkfac":

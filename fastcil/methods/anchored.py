@@ -25,7 +25,7 @@ from fastcil.curvature import Curvature
 from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
 from fastcil.curvature.layers import find_layers
 from fastcil.errors import FastcilError
-from fastcil.nn import Tensors, cross_entropy_among, outputs_of
+from fastcil.nn import Network, Tensors, cross_entropy_among, outputs_of
 from fastcil.nn.lifecycle import linear_head, start_network
 
 FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -95,13 +95,7 @@ class Anchored(Method):
 
     def names(self) -> list[str]:
         """Parameters of the network that are held."""
-        network = self.network
-        trained = {id(p) for p in network.trained_parameters()}
-        return [
-            name
-            for name, p in network.named_parameters()
-            if id(p) in trained and (self.config.head == "all" or not name.startswith("head."))
-        ]
+        return held_parameters(self.network, self.config.head)
 
     def begin_task(self, task: Task) -> None:
         """Starts the network, or adds the new classes to its head."""
@@ -190,6 +184,16 @@ def averaged(old: Curvature | None, new: Curvature, tasks: int) -> Curvature:
         return new
     old.merge(new, (tasks - 1) / tasks, 1 / tasks)
     return old
+
+
+def held_parameters(network: Network, head: str) -> list[str]:
+    """What a stage trains, but for heads of their own (``head="task"``)."""
+    trained = {id(p) for p in network.trained_parameters()}
+    return [
+        name
+        for name, p in network.named_parameters()
+        if id(p) in trained and (head == "all" or not name.startswith("head."))
+    ]
 
 
 def held_layers(network: nn.Module, names: Collection[str]) -> list[str]:

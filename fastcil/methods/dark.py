@@ -26,6 +26,7 @@ from fastcil.contract import (
 )
 from fastcil.memory.reservoir import Reservoir
 from fastcil.methods.recipes import FINETUNING
+from fastcil.nn import masked_mean
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _CIFAR100 = Recipe(
@@ -138,11 +139,11 @@ class DarkReplay(Method):
         targets = self.stored[torch.where(old, batch.index, 0)]  # [B, K]
         targets = targets.masked_fill(~old[:, None], torch.inf)
         losses = {
-            "classification": _mean(terms, ~old),
+            "classification": masked_mean(terms, ~old),
             "distillation": self.config.alpha * _distance(logits, targets),
         }
         if self.beta:
-            losses["replay"] = self.beta * _mean(terms, old)
+            losses["replay"] = self.beta * masked_mean(terms, old)
         return losses
 
     def learn(self, batch: Batch) -> tuple[Losses, Tensor]:
@@ -335,8 +336,3 @@ def _distance(logits: Tensor, targets: Tensor) -> Tensor:
     known = targets.isfinite()
     difference = torch.where(known, logits.to(targets.dtype) - targets, 0.0)
     return difference.square().sum() / known.sum().clamp(min=1)
-
-
-def _mean(terms: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the terms [B] that a mask picks; 0 if it picks none."""
-    return torch.where(mask, terms, 0.0).sum() / mask.sum().clamp(min=1)

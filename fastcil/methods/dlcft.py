@@ -28,9 +28,9 @@ from fastcil.contract import (
 from fastcil.curvature import Curvature, make_curvature
 from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
 from fastcil.errors import FastcilError
-from fastcil.methods.anchored import held_layers
+from fastcil.methods.anchored import held_layers, held_parameters
 from fastcil.methods.recipes import FINETUNING
-from fastcil.nn import Network, Tensors, build_module, leaky, linearize, outputs_of
+from fastcil.nn import Network, Tensors, build_module, leaky, linearize, masked_mean, outputs_of
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _RECIPE = Recipe(
@@ -253,10 +253,10 @@ class DLCFT(Method):
         """Squared error of new images and, with (t - 1) / t, the penalty and memory's error."""
         errors = self._errors(batch, own)
         new = batch.part == 0
-        losses = {"classification": _mean(errors, new) / tasks}
+        losses = {"classification": masked_mean(errors, new) / tasks}
         share, lam = (tasks - 1) / tasks, self.config.lam if replays else 1.0
         if replays:
-            losses["replay"] = share * (1 - lam) * _mean(errors, ~new)
+            losses["replay"] = share * (1 - lam) * masked_mean(errors, ~new)
         if len(self.kept):
             losses["penalty"] = share * lam * self._penalty()
         return losses
@@ -285,13 +285,7 @@ class DLCFT(Method):
 
     def _held(self) -> list[str]:
         """Parameters that are held, named as in `_Scores`."""
-        trained = {id(p) for p in self.network.trained_parameters()}
-        return [
-            name
-            for name, p in self._scores().named_parameters()
-            if id(p) in trained
-            and (self.config.head == "all" or not name.startswith("network.head."))
-        ]
+        return [f"network.{name}" for name in held_parameters(self.network, self.config.head)]
 
     def _curvature(self) -> Curvature:
         config, scores = self.config, self._scores()
@@ -354,8 +348,3 @@ class _Scores(nn.Module):
         primal, tangent = (part.mean((2, 3)) for part in extractor.tangent(images))
         own: Tensor = self.network.head(primal)
         return own + tangent @ self.static.T
-
-
-def _mean(terms: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the terms [B] that a mask picks; 0 if it picks none."""
-    return torch.where(mask, terms, 0.0).sum() / mask.sum().clamp(min=1)

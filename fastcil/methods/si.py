@@ -27,7 +27,7 @@ from fastcil.contract import (
 from fastcil.curvature import half_quadratic
 from fastcil.curvature.curvature import grown
 from fastcil.curvature.penalty import diagonal_product
-from fastcil.methods.anchored import AnchoredConfig
+from fastcil.methods.anchored import AnchoredConfig, held_parameters
 from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Tensors, cross_entropy_among, outputs_of
 from fastcil.nn.lifecycle import linear_head, start_network
@@ -100,12 +100,7 @@ class SI(Method):
 
     def names(self) -> list[str]:
         """Parameters of the network that are held."""
-        trained = {id(p) for p in self.network.trained_parameters()}
-        return [
-            name
-            for name, p in self.network.named_parameters()
-            if id(p) in trained and (self.config.head == "all" or not name.startswith("head."))
-        ]
+        return held_parameters(self.network, self.config.head)
 
     def begin_task(self, task: Task) -> None:
         """Starts the network, or adds the new classes; notes where the weights are."""

@@ -13,6 +13,7 @@ from fastcil.nn.losses import alignment_weights as alignment_weights
 from fastcil.nn.losses import balanced_distillation as balanced_distillation
 from fastcil.nn.losses import cross_entropy_among as cross_entropy_among
 from fastcil.nn.losses import distillation as distillation
+from fastcil.nn.losses import masked_mean as masked_mean
 from fastcil.nn.losses import outputs_of as outputs_of
 from fastcil.nn.mlp import MLP as MLP
 from fastcil.nn.mlp import mlp as mlp

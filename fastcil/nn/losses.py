@@ -49,6 +49,16 @@ def cross_entropy_among(logits: Tensor, labels: Tensor, among: Tensor | None) ->
     return functional.cross_entropy(logits, labels)
 
 
+def masked_mean(terms: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the terms that a mask picks; 0 if it picks none.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, False, True]))
+        tensor(3.5000)
+    """
+    return torch.where(mask, terms, 0.0).sum() / mask.sum().clamp(min=1)
+
+
 def outputs_of(classes: Sequence[int], known: int) -> Tensor:
     """Which of the ``known`` outputs belong to some classes, bool [K].
 

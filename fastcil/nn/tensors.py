@@ -30,6 +30,7 @@ class Tensors(nn.Module):
     def __init__(self, values: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.names = tuple(values or ())
+        self._place = {name: f"tensor{number}" for number, name in enumerate(self.names)}
         for number, value in enumerate((values or {}).values()):
             self.register_buffer(f"tensor{number}", value.detach())
 
@@ -37,7 +38,7 @@ class Tensors(nn.Module):
         return len(self.names)
 
     def __getitem__(self, name: str) -> Tensor:
-        value: Tensor = getattr(self, f"tensor{self.names.index(name)}")
+        value: Tensor = getattr(self, self._place[name])
         return value
 
     @property
