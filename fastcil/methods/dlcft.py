@@ -19,7 +19,6 @@ from fastcil.contract import (
     Recipe,
     Retained,
     Stage,
-    Stream,
     Task,
     check_not_negative,
     check_positive,
@@ -28,6 +27,7 @@ from fastcil.contract import (
 from fastcil.curvature import Curvature, make_curvature
 from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
 from fastcil.errors import FastcilError
+from fastcil.memory.replay import replay_streams
 from fastcil.methods.anchored import held_layers, held_parameters
 from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Network, Tensors, build_module, leaky, linearize, masked_mean, outputs_of
@@ -222,16 +222,7 @@ class DLCFT(Method):
         """One stage, with memory as a second stream."""
         config = self.config
         recipe = config.first if task.first else config.later
-        streams = [Stream((task.examples,), recipe.batch_size)]
-        if len(task.exemplars):
-            new, count = len(task.examples), len(task.examples) + len(task.exemplars)
-            streams.append(
-                Stream(
-                    (task.examples, task.exemplars),
-                    recipe.batch_size,
-                    subset=torch.arange(new, count),
-                )
-            )
+        streams = replay_streams(task, recipe.batch_size)
         own = None
         if config.head == "task":
             own = outputs_of(task.classes, task.total)
@@ -241,7 +232,7 @@ class DLCFT(Method):
                 name="dlcft",
                 method=self,
                 objective=partial(self._loss, own, task.index + 1, len(streams) > 1),
-                streams=tuple(streams),
+                streams=streams,
                 recipe=recipe,
                 parameters=self.network.trained_parameters,
                 primary=True,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.nn import functional as F
 
-from fastcil.contract import Batch, Losses, Method, Recipe, Stage, Stream, Task
+from fastcil.contract import Batch, Losses, Method, Recipe, Stage, Task
+from fastcil.memory.replay import replay_streams
 from fastcil.methods.recipes import FINETUNING
 from fastcil.nn.lifecycle import linear_head, start_network
 
@@ -70,23 +70,13 @@ class ExperienceReplay(Method):
     def stages(self, task: Task) -> list[Stage]:
         """One stage with two streams, or one stream while memory is empty."""
         recipe = self.config.first if task.first else self.config.later
-        streams = [Stream((task.examples,), recipe.batch_size)]
-        if len(task.exemplars):
-            # Both parts, of which only the second is drawn: exemplars are part 1 in every batch.
-            new, all_images = len(task.examples), len(task.examples) + len(task.exemplars)
-            streams.append(
-                Stream(
-                    (task.examples, task.exemplars),
-                    recipe.batch_size,
-                    subset=torch.arange(new, all_images),
-                )
-            )
+        streams = replay_streams(task, recipe.batch_size)
         return [
             Stage(
                 name="replay",
                 method=self,
                 objective=self._loss,
-                streams=tuple(streams),
+                streams=streams,
                 recipe=recipe,
                 parameters=lambda: self.network.parameters(),
                 primary=True,
