@@ -38,7 +38,7 @@ ALLOWED = 5e-6  # relative error in the Frobenius norm
 
 @lru_cache(1)
 def truth(layer: Layer) -> Tensor:
-    patches = layer.patches(layer.batch().double())
+    patches = layer.patches(layer.batch().cpu().double())
     return patches.T @ patches / len(patches)
 
 
@@ -48,7 +48,7 @@ def check(name: str, layer: Layer, running: Running) -> None:
     running.update(x)
     running.update(2 * x)
     wanted = truth(layer) * ((running.decay + 4) / (running.decay + 1))
-    error = float((running.mean(2).double() - wanted).norm() / wanted.norm())
+    error = float((running.mean(2).cpu().double() - wanted).norm() / wanted.norm())
     assert error < ALLOWED, f"{name} computes something else: relative error {error}"
 
 

@@ -36,7 +36,7 @@ def both(value: Callable[[Tensor], Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
     return result, gradient
 
 
-def make(channels: int, name: str, full: bool) -> Step:
+def make(channels: int, name: str, full: bool, device: str = "cpu") -> Step:
     """A way to the value and its gradient, checked."""
     c = channels if full else 4
     generator = torch.Generator().manual_seed(0)
@@ -44,6 +44,7 @@ def make(channels: int, name: str, full: bool) -> Step:
         m @ m.T / len(m) for m in (torch.randn(n, n, generator=generator) for n in (9 * c + 1, c))
     )
     d = torch.randn(c, 9 * c + 1, generator=generator)
+    inner, output, d = (m.to(device) for m in (inner, output, d))
     step = partial(both, partial({OURS: ours, "autograd": by_hand}[name], inner, output), d)
     _, gradient = step()
     wanted = output.double() @ d.double() @ inner.double()
@@ -51,6 +52,7 @@ def make(channels: int, name: str, full: bool) -> Step:
     return step
 
 
+CHANNELS = (64, 128, 256, 512)
 CASES = [
     OpCase(
         "penalty",
@@ -60,5 +62,5 @@ CASES = [
         threads=1,
         aims={"autograd": 1.5},
     )
-    for channels in (64, 128, 256, 512)
+    for channels in CHANNELS
 ]

@@ -11,16 +11,20 @@ Small, the same code runs on the CPU, as a test.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import bench_cam_boxes
 import bench_herding
+import bench_input_factor
 import bench_pade
+import bench_penalty
 import bench_read
 import bench_soft_compose
 import torch
 from clocks import in_graph
+from input_factor_ways import Layer
 from op_case import OURS, OpCase, Step
 from torch import Tensor
 from torch.nn import functional
@@ -202,6 +206,14 @@ def make_herding(name: str, full: bool) -> Step:
     return partial(pick, *given)
 
 
+def make_factor(layer: Layer, name: str, full: bool) -> Step | None:
+    return bench_input_factor.make(replace(layer, device=place(full).type), name, full)
+
+
+def make_penalty(channels: int, name: str, full: bool) -> Step:
+    return bench_penalty.make(channels, name, full, place(full).type)
+
+
 def case(op: str, name: str, ways: tuple[str, ...], make: Any, **options: Any) -> OpCase:
     return OpCase(op, name, (OURS, *ways), make, device="cuda", **options)
 
@@ -266,4 +278,27 @@ CASES = [
     ),
     case("reconstruct", "64 images, about 418x443", ("copy",), make_reconstruct),
     case("herding", "100 classes of 500x512, 20 picks", ("batched",), make_herding),
+    *(
+        case(
+            "conv_input_factor",
+            str(layer),
+            ("naive",),
+            partial(make_factor, layer),
+            aims={"naive": 5},
+        )
+        for layer in (
+            replace(each, images=256)
+            for each in bench_input_factor.SMALL_IMAGES + bench_input_factor.LARGE_IMAGES
+        )
+    ),
+    *(
+        case(
+            "penalty",
+            f"value and gradient, 3x3 convolution of {channels} channels",
+            ("autograd",),
+            partial(make_penalty, channels),
+            aims={"autograd": 1.5},
+        )
+        for channels in bench_penalty.CHANNELS
+    ),
 ]

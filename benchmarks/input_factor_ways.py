@@ -38,7 +38,7 @@ DECAY = 0.95
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer and the batch it sees; a linear one sees images of one pixel."""
+    """A layer and the batch it sees, and where; a linear one sees images of one pixel."""
 
     images: int
     channels: int
@@ -47,6 +47,7 @@ class Layer:
     stride: int = 1
     padding: int = 1
     linear: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         if self.linear:
@@ -71,12 +72,21 @@ class Layer:
     def module(self) -> nn.Module:
         """A layer of PyTorch with a single output, for what is measured depends on none."""
         if self.linear:
-            return nn.Linear(self.channels, 1, bias=False)
-        return nn.Conv2d(self.channels, 1, self.kernel, self.stride, self.padding, bias=False)
+            return nn.Linear(self.channels, 1, bias=False, device=self.device)
+        return nn.Conv2d(
+            self.channels,
+            1,
+            self.kernel,
+            self.stride,
+            self.padding,
+            bias=False,
+            device=self.device,
+        )
 
     def batch(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.images, self.channels, self.side, self.side, generator=generator)
+        x = x.to(self.device)
         return x.relu_().flatten(1) if self.linear else x.relu_()
 
     def patches(self, x: Tensor) -> Tensor:
@@ -87,7 +97,7 @@ class Layer:
         return columns.mT.reshape(-1, self.rows)
 
     def zeros(self) -> Tensor:
-        return torch.zeros(self.rows, self.rows)
+        return torch.zeros(self.rows, self.rows, device=self.device)
 
 
 @dataclass(frozen=True)
