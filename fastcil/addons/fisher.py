@@ -5,17 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcil.contract import Addon, Context, Method, Record, Stage, Task, check_positive
+from fastcil.contract import (
+    Addon,
+    Context,
+    Method,
+    Record,
+    Stage,
+    Task,
+    check_choices,
+    check_positive,
+)
 from fastcil.curvature import largest_eigenvalue
 from fastcil.curvature.anchor import draws
 from fastcil.curvature.outputs import Likelihood
 from fastcil.data import Examples
-from fastcil.errors import CompositionError, FastcilError
+from fastcil.errors import CompositionError
 
 _LOSSES = {"categorical": "softmax cross-entropy", "gaussian": "squared error"}
 
@@ -56,11 +65,7 @@ class Fisher(Addon):
         def __post_init__(self) -> None:
             check_positive("every", self.every)
             check_positive("samples", self.samples)
-            if self.likelihood not in get_args(Likelihood):
-                raise FastcilError(
-                    f"likelihood is {self.likelihood!r}; it must be one of "
-                    f"{', '.join(get_args(Likelihood))}."
-                )
+            check_choices(self)
 
     config: Config
     measured: Tensor  # float64 [n, 3]: task, epoch over all tasks, eigenvalue

@@ -2,7 +2,7 @@
 
 from fastcil.contract.addon import Addon
 from fastcil.contract.batch import Batch
-from fastcil.contract.checks import check_not_negative, check_positive
+from fastcil.contract.checks import check_choices, check_not_negative, check_positive
 from fastcil.contract.context import Context, Look
 from fastcil.contract.method import Method
 from fastcil.contract.persistent import Persistent, evaluating
@@ -30,6 +30,7 @@ __all__ = [
     "Stream",
     "Task",
     "Views",
+    "check_choices",
     "check_not_negative",
     "check_positive",
     "evaluating",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastcil.errors import FastcilError
 
@@ -25,3 +26,19 @@ def check_not_negative(name: str, value: float) -> None:
     """
     if not 0 <= value < math.inf:
         raise FastcilError(f"{name} is {value}; it must be a number of at least 0.")
+
+
+def check_choices(config: Any) -> None:
+    """Raises unless every field of a dataclass that is typed as a Literal holds one of its values.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Config:
+        ...     head: Literal["all", "task"] = "all"
+        >>> check_choices(Config("task"))
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value, known = getattr(config, name), get_args(hint)
+        if get_origin(hint) is Literal and value not in known:
+            raise FastcilError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")

@@ -25,7 +25,8 @@ class Method(Persistent):
     exemplars; the evaluation of every readout; ``release``.
 
     A method with ``selection = "own"`` chooses its exemplars itself, while it trains: it is told
-    in ``task.room`` how many there will be room for, and answers ``chosen``.
+    in ``task.room`` how many there will be room for, and answers ``chosen``. One whose tasks bring
+    extractors of their own says so by ``adds_extractors``: their batch norms must train.
 
     Args:
         config: The method's frozen Config.
@@ -36,6 +37,7 @@ class Method(Persistent):
     keeps: ClassVar[Literal["exemplars", "everything", "nothing"]] = "exemplars"
     selection: ClassVar[Literal["herding", "random", "own"]] = "herding"
     auto_augment: ClassVar[bool] = False
+    adds_extractors: ClassVar[bool] = False
     network: Network
 
     def __init__(self, config: Any, context: Context) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from fastcil.contract.checks import check_choices
 from fastcil.errors import FastcilError
 
 ConfigT = TypeVar("ConfigT")
@@ -70,14 +71,7 @@ class Recipe:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise FastcilError(f"{name} is {value}; it must be a positive number.")
-        for name, known in (
-            ("schedule", ("cosine", "step", "constant")),
-            ("optimizer", ("sgd", "adam")),
-        ):
-            if getattr(self, name) not in known:
-                raise FastcilError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
-                )
+        check_choices(self)
 
     def factor(self, epoch: int) -> float:
         """The schedule's multiplier of ``lr`` in epoch ``epoch``."""

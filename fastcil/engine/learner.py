@@ -234,6 +234,8 @@ class Learner:
         # The same bits again on CUDA too; left to itself cuDNN chooses by how long things took.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             trainer.run(stages, resume["trainer"] if resume else None)
+        if task.first and self.settings.groups["network"].norms == "first":
+            parts.method.network.freeze_norms()
         tell("remember", {"task": task.index})
         self._remember(task, (_SELECT, data, task.index))
         done = replace(task, exemplars=self.memory.examples())

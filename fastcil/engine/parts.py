@@ -73,6 +73,11 @@ class Parts:
             settings.groups["augment"], size, crop, method_class.auto_augment
         )
         network = settings.groups["network"]
+        if network.norms == "first" and method_class.adds_extractors:
+            raise CompositionError(
+                f"network.norms is 'first', but {method_name} adds an extractor in every task, "
+                f"whose batch norms must train; leave it 'train'."
+            )
         bare = backbone or make_backbone_builder(network, size)
         make = bare
         if network.weights is not None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fastcil.contract import Recipe
+from fastcil.engine.groups import GROUPS, AugmentOptions, EngineOptions
 from fastcil.engine.learner import Learner
-from fastcil.engine.options import GROUPS, AugmentOptions, EngineOptions, check_keys, flatten, nest
+from fastcil.engine.options import check_keys, flatten, nest
 from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.resolve import settle
 from fastcil.engine.result import Result

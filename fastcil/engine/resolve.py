@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcil.data import Augmentation, ImageStore
-from fastcil.engine.options import AugmentOptions, NetworkOptions
+from fastcil.engine.groups import AugmentOptions, NetworkOptions
 from fastcil.errors import FastcilError
 from fastcil.nn import build_backbone
 from fastcil.nn.backbones import default_stem, default_width

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,11 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastcil.engine.groups import NetworkOptions
 from fastcil.engine.state import write_atomically
 from fastcil.errors import FastcilError
-
-if TYPE_CHECKING:
-    from fastcil.engine.options import NetworkOptions
 
 DESCRIPTION = "fastcil"
 _NAMED = "state_dict:"

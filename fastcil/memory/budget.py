@@ -6,9 +6,9 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from fastcil.contract import Kind
+from fastcil.contract import Kind, check_choices
 from fastcil.errors import FastcilError
 
 Unit = Literal["bytes", "images"]
@@ -65,11 +65,7 @@ class Budget:
     count: Count = "memory"
 
     def __post_init__(self) -> None:
-        for name, known in (("unit", get_args(Unit)), ("count", get_args(Count))):
-            if getattr(self, name) not in known:
-                raise FastcilError(
-                    f"{name} is {getattr(self, name)!r}; it must be '{known[0]}' or '{known[1]}'."
-                )
+        check_choices(self)
         amount = self.amount
         number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
         if not (number and amount >= 0 and (math.isinf(amount) or amount == int(amount))):

@@ -19,12 +19,12 @@ from fastcil.contract import (
     Stage,
     Stream,
     Task,
+    check_choices,
     check_not_negative,
 )
 from fastcil.curvature import Curvature
 from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
 from fastcil.curvature.layers import find_layers
-from fastcil.errors import FastcilError
 from fastcil.nn import Network, Tensors, cross_entropy_among, outputs_of
 from fastcil.nn.lifecycle import linear_head, start_network
 
@@ -42,8 +42,6 @@ class AnchoredConfig:
         lam: Weight lambda of the penalty.
         head: ``all`` known classes share one softmax, whose weights are held too; or each ``task``
             has its own, which nothing else touches and nothing holds.
-        norms: ``train`` batch norms in every task; or in the ``first`` only, after which their
-            statistics, scale and shift stay as they are (Shon et al. 2022, Sec. 4.1).
 
     Example:
         >>> AnchoredConfig().head
@@ -54,15 +52,10 @@ class AnchoredConfig:
     later: Recipe = LATER
     lam: float = 1.0
     head: Literal["all", "task"] = "all"
-    norms: Literal["train", "first"] = "train"
 
     def __post_init__(self) -> None:
         check_not_negative("lam", self.lam)
-        for name, known in (("head", ("all", "task")), ("norms", ("train", "first"))):
-            if getattr(self, name) not in known:
-                raise FastcilError(
-                    f"{name} is {getattr(self, name)!r}; it must be '{known[0]}' or '{known[1]}'."
-                )
+        check_choices(self)
 
 
 class Anchored(Method):
@@ -151,8 +144,6 @@ class Anchored(Method):
 
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and adds it to that of the tasks before."""
-        if self.config.norms == "first" and task.first:
-            self.network.freeze_norms()
         new = self.curvature()
         scan = scan_of(self.context, self.network, task.examples, new.of_batches)
         new.measure(scan, draws(task.index))

@@ -298,7 +298,7 @@ class _DarkStage(Stage):
             objective=dark.objective,
             streams=streams,
             recipe=recipe,
-            parameters=lambda: dark.network.parameters(),
+            parameters=dark.network.trained_parameters,
             primary=True,
             logits=dark.logits,
             finish=dark.close,

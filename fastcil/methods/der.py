@@ -105,6 +105,7 @@ class DER(Method):
     }
 
     config: Config
+    adds_extractors = True
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)

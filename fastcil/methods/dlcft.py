@@ -20,6 +20,7 @@ from fastcil.contract import (
     Retained,
     Stage,
     Task,
+    check_choices,
     check_not_negative,
     check_positive,
     evaluating,
@@ -90,7 +91,7 @@ class DLCFT(Method):
             classifier: ``joint`` or ``static``.
             ridge: Of the static classifier's regression, in shares of the features' mean square.
             linear: Whether the extractor is linearised; without, in the ablations of Table 3, it
-                is trained as it is, its batch norms in the first task only.
+                is trained as it is.
             loss: ``squared`` error, or ``softmax`` cross-entropy, of which the curvature's labels
                 are drawn from the model (Table 3).
             slope: Of the LeakyReLUs that take the place of ReLUs, where there are any; 0 leaves
@@ -122,18 +123,7 @@ class DLCFT(Method):
                     f"lam is {self.lam} and samples {self.samples}; lam is at most 1, samples at "
                     f"least 1."
                 )
-            for name, known in (
-                ("curvature", ("tkfac", "kfac", "ekfac", "diagonal")),
-                ("estimator", ("sampled", "exact")),
-                ("merging", ("mean", "text")),
-                ("head", ("all", "task")),
-                ("classifier", ("joint", "static")),
-                ("loss", ("squared", "softmax")),
-            ):
-                if getattr(self, name) not in known:
-                    raise FastcilError(
-                        f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
-                    )
+            check_choices(self)
             if self.classifier == "static" and not self.linear:
                 raise FastcilError(
                     "classifier is 'static', which is that of a linearised network; leave linear "
@@ -294,8 +284,6 @@ class DLCFT(Method):
 
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and merges it with those before."""
-        if task.first and not self.config.linear:
-            self.network.freeze_norms()
         new, tasks = self._curvature(), task.index + 1
         new.measure(scan_of(self.context, self, task.examples), draws(task.index))
         if len(self.kept):

@@ -78,7 +78,7 @@ class ExperienceReplay(Method):
                 objective=self._loss,
                 streams=streams,
                 recipe=recipe,
-                parameters=lambda: self.network.parameters(),
+                parameters=self.network.trained_parameters,
                 primary=True,
                 logits=self.logits,
             )

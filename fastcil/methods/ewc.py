@@ -60,7 +60,6 @@ class EWC(Anchored):
             later: Recipe of every later task.
             lam: lambda.
             head: ``all`` known classes share one softmax; or each ``task`` has its own head.
-            norms: Whether batch norms ``train`` in every task, or in the ``first`` only.
             estimator: Labels of the Fisher information: ``empirical``, the true ones;
                 ``sampled`` from the model; ``exact``, all of them by their probability.
             per: Whether gradients of every ``sample`` are squared, or mean gradients of a
@@ -68,8 +67,8 @@ class EWC(Anchored):
         """
 
     PRESETS: ClassVar[dict[str, Any]] = {
-        "finetuning": Config(first=FINETUNING, later=FINETUNING, norms="first"),
-        "finetuning-task": Config(first=FINETUNING, later=FINETUNING, norms="first", head="task"),
+        "finetuning": Config(first=FINETUNING, later=FINETUNING),
+        "finetuning-task": Config(first=FINETUNING, later=FINETUNING, head="task"),
     }
 
     config: Config
@@ -152,7 +151,6 @@ class OnlineEWC(Anchored):
             later: Recipe of every later task.
             lam: lambda.
             head: ``all`` known classes share one softmax; or each ``task`` has its own head.
-            norms: Whether batch norms ``train`` in every task, or in the ``first`` only.
             estimator: Labels of the Fisher information, as in `EWC`.
             per: Whose gradients are squared, as in `EWC`.
             gamma: Factor of the old tasks' Fisher information.
@@ -165,7 +163,7 @@ class OnlineEWC(Anchored):
             check_not_negative("gamma", self.gamma)
 
     PRESETS: ClassVar[dict[str, Any]] = {
-        "finetuning": Config(first=FINETUNING, later=FINETUNING, norms="first"),
+        "finetuning": Config(first=FINETUNING, later=FINETUNING),
         "cifar10": Config(first=_CIFAR10, later=_CIFAR10, lam=20.0),
         "mnist": Config(first=_MNIST, later=_MNIST, lam=180.0),
     }

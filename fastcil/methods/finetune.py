@@ -65,7 +65,7 @@ class Finetune(Method):
                 objective=self._loss,
                 streams=(Stream((task.examples,), recipe.batch_size),),
                 recipe=recipe,
-                parameters=lambda: self.network.parameters(),
+                parameters=self.network.trained_parameters,
                 primary=True,
                 logits=self.logits,
             )

@@ -134,6 +134,7 @@ class Foster(Method):
 
     config: Config
     auto_augment = True
+    adds_extractors = True
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)

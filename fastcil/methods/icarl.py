@@ -21,6 +21,7 @@ from fastcil.contract import (
     Stage,
     Stream,
     Task,
+    check_choices,
     check_not_negative,
     check_positive,
     evaluating,
@@ -98,6 +99,7 @@ class ICaRL(Method):
         flip_means: bool = True
 
         def __post_init__(self) -> None:
+            check_choices(self)
             check_positive("temperature", self.temperature)
             check_not_negative("outputs", self.outputs)
 
@@ -140,7 +142,7 @@ class ICaRL(Method):
                 else self._softmax,
                 streams=(Stream((task.examples, task.exemplars), recipe.batch_size),),
                 recipe=recipe,
-                parameters=lambda: self.network.parameters(),
+                parameters=self.network.trained_parameters,
                 primary=True,
                 logits=self.logits,
             )

@@ -60,7 +60,7 @@ class Joint(Method):
                 objective=self._loss,
                 streams=(Stream((task.examples, task.exemplars), recipe.batch_size),),
                 recipe=recipe,
-                parameters=lambda: self.network.parameters(),
+                parameters=self.network.trained_parameters,
                 primary=True,
                 logits=self.logits,
             )

@@ -18,11 +18,11 @@ from fastcil.contract import (
     Stage,
     Stream,
     Task,
+    check_choices,
     check_not_negative,
     check_positive,
     evaluating,
 )
-from fastcil.errors import FastcilError
 from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Network, cross_entropy_among, distillation, outputs_of
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
@@ -101,12 +101,7 @@ class LwF(Method):
         def __post_init__(self) -> None:
             check_not_negative("alpha", self.alpha)
             check_positive("temperature", self.temperature)
-            for name, known in (("head", ("all", "task")), ("teacher", ("augmented", "recorded"))):
-                if getattr(self, name) not in known:
-                    raise FastcilError(
-                        f"{name} is {getattr(self, name)!r}; it must be '{known[0]}' or "
-                        f"'{known[1]}'."
-                    )
+            check_choices(self)
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "finetuning": Config(FINETUNING, FINETUNING, _no_warmup(), alpha=1.0),
@@ -160,7 +155,7 @@ class LwF(Method):
             ),
             streams=(Stream((task.examples,), recipe.batch_size),),
             recipe=recipe,
-            parameters=lambda: self.network.parameters(),
+            parameters=self.network.trained_parameters,
             primary=True,
             logits=self.logits,
             begin=(lambda: self.network.thaw(0)) if warm else None,

@@ -38,7 +38,6 @@ class MAS(Anchored):
             later: Recipe of every later task.
             lam: lambda.
             head: ``all`` known classes share one softmax; or each ``task`` has its own head.
-            norms: Whether batch norms ``train`` in every task, or in the ``first`` only.
             per: Whether the absolute gradients of every ``sample`` are taken (the paper's), or
                 those of a ``batch``'s mean, as common implementations do.
             merging: How importances of tasks are merged, ``sum`` or ``mean``.
@@ -49,7 +48,7 @@ class MAS(Anchored):
         merging: Literal["sum", "mean"] = "sum"
 
     PRESETS: ClassVar[dict[str, Any]] = {
-        "finetuning": Config(first=FINETUNING, later=FINETUNING, lam=1.0, norms="first"),
+        "finetuning": Config(first=FINETUNING, later=FINETUNING, lam=1.0),
     }
 
     config: Config

@@ -26,7 +26,7 @@ class OSLA(Anchored):
     task's weights by K-FAC, layer by layer. A sum of Kronecker products is none: every factor is
     averaged over tasks, and the product multiplied by their number (as Shon et al. 2022, Sec. 4.1,
     merge factors). Batch norms' scales and shifts are not held, having no Kronecker factors:
-    ``norms="first"`` keeps them as they are after the first task.
+    ``network.norms=first`` keeps them as they are after the first task.
 
     Example:
         >>> OSLA.Config().curvature
@@ -42,7 +42,6 @@ class OSLA(Anchored):
             later: Recipe of every later task.
             lam: lambda.
             head: ``all`` known classes share one softmax; or each ``task`` has its own head.
-            norms: Whether batch norms ``train`` in every task, or in the ``first`` only.
             curvature: ``kfac``; ``tkfac``, ``ekfac``, which hold the trace or the diagonal;
                 ``xkfac``, with the correlations that batch norm makes in a batch (Lee et al. 2020),
                 on the weights as they are; or ``diagonal``.
@@ -54,9 +53,9 @@ class OSLA(Anchored):
         estimator: Literal["sampled", "exact", "empirical"] = "sampled"
 
     PRESETS: ClassVar[dict[str, Any]] = {
-        "finetuning": Config(first=FINETUNING, later=FINETUNING, norms="first"),
-        "tkfac": Config(first=FINETUNING, later=FINETUNING, norms="first", curvature="tkfac"),
-        "finetuning-task": Config(first=FINETUNING, later=FINETUNING, norms="first", head="task"),
+        "finetuning": Config(first=FINETUNING, later=FINETUNING),
+        "tkfac": Config(first=FINETUNING, later=FINETUNING, curvature="tkfac"),
+        "finetuning-task": Config(first=FINETUNING, later=FINETUNING, head="task"),
     }
 
     config: Config

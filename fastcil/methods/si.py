@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fastcil.contract import (
     Stepper,
     Stream,
     Task,
+    check_choices,
     check_not_negative,
     check_positive,
     total,
@@ -27,7 +28,7 @@ from fastcil.contract import (
 from fastcil.curvature import half_quadratic
 from fastcil.curvature.curvature import grown
 from fastcil.curvature.penalty import diagonal_product
-from fastcil.methods.anchored import AnchoredConfig, held_parameters
+from fastcil.methods.anchored import FIRST, LATER, held_parameters
 from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import Tensors, cross_entropy_among, outputs_of
 from fastcil.nn.lifecycle import linear_head, start_network
@@ -59,7 +60,7 @@ class SI(Method):
     """
 
     @dataclass(frozen=True)
-    class Config(AnchoredConfig):
+    class Config:
         """Settings of SI; the recipes are those of `Finetune`.
 
         ``PRESETS`` are those of Buzzega et al.'s released code for Seq-CIFAR-10 and Seq-MNIST.
@@ -67,23 +68,24 @@ class SI(Method):
         Args:
             first: Recipe of the first task.
             later: Recipe of every later task.
-            lam: A factor of c.
             head: ``all`` known classes share one softmax; or each ``task`` has its own head.
-            norms: Whether batch norms ``train`` in every task, or in the ``first`` only.
             c: Weight of the penalty.
             xi: Damping of the displacement.
         """
 
+        first: Recipe = FIRST
+        later: Recipe = LATER
+        head: Literal["all", "task"] = "all"
         c: float = 0.5
         xi: float = 1.0
 
         def __post_init__(self) -> None:
-            super().__post_init__()
+            check_choices(self)
             check_not_negative("c", self.c)
             check_positive("xi", self.xi)
 
     PRESETS: ClassVar[dict[str, Any]] = {
-        "finetuning": Config(first=FINETUNING, later=FINETUNING, norms="first"),
+        "finetuning": Config(first=FINETUNING, later=FINETUNING),
         "cifar10": Config(first=_CIFAR10, later=_CIFAR10),
         "mnist": Config(first=_MNIST, later=_MNIST, c=1.0, xi=0.9),
     }
@@ -137,16 +139,15 @@ class SI(Method):
         own = dict(self.network.named_parameters())
         before, old = self.path.group("start/"), self.kept.group("omega/")
         values = {}
-        for name, omega in self.path.group("omega/").items():
+        omegas = self.path.group("omega/")
+        for name in self.names():
             moved = own[name].detach() - before[name]
-            importance = omega.clamp(min=0) / (moved.square() + self.config.xi)
+            importance = omegas[name].clamp(min=0) / (moved.square() + self.config.xi)
             if name in old:
                 importance = importance + grown(old[name], importance.shape)
             values[f"omega/{name}"] = importance
             values[f"anchor/{name}"] = own[name].detach().clone()
         self.kept, self.path = Tensors(values), Tensors()
-        if self.config.norms == "first" and task.first:
-            self.network.freeze_norms()
 
     def retained(self) -> list[Retained]:
         """The anchor and the importances."""
@@ -164,7 +165,7 @@ class _PathStage(Stage):
         if config.head == "task":
             own = outputs_of(task.classes, task.total)
             own = own.to(linear_head(si.network).weight.device)
-        weight = config.lam * config.c if len(si.kept) else 0.0
+        weight = config.c if len(si.kept) else 0.0
 
         def objective(batch: Batch) -> Losses:
             logits = si.network(batch.images)

@@ -154,6 +154,8 @@ class Network(nn.Module):
         for position in self._positions(extractors):
             self._frozen.discard(position)
             self.extractors[position].requires_grad_(True).train(self.training)
+        if self.norms_frozen:
+            self.freeze_norms()
 
     def freeze_norms(self) -> None:
         """Stops all batch norms from changing: statistics, and scale and shift.

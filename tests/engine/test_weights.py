@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import fastcil
 from fastcil.data import Augmentation
 from fastcil.engine.context import EngineContext
-from fastcil.engine.options import NetworkOptions, make_settings
+from fastcil.engine.groups import NetworkOptions
+from fastcil.engine.options import make_settings
 from fastcil.engine.resolve import settle
 from fastcil.engine.weights import (
     StateDict,

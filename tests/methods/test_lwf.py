@@ -161,8 +161,8 @@ def test_distillation_keeps_the_old_outputs(lab):
     [
         ({"alpha": -1}, "alpha is -1"),
         ({"temperature": 0}, "temperature is 0"),
-        ({"head": "both"}, "head is 'both'; it must be 'all' or 'task'"),
-        ({"teacher": "none"}, "teacher is 'none'; it must be 'augmented' or 'recorded'"),
+        ({"head": "both"}, "head is 'both'; it must be one of all, task"),
+        ({"teacher": "none"}, "teacher is 'none'; it must be one of augmented, recorded"),
     ],
 )
 def test_odd_settings_are_a_sentence(options, says):

@@ -30,7 +30,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in NAMES),
     ("joint", {"fresh": False}),
     ("lwf", {"head": "task", "teacher": "recorded"}),
-    ("ewc", {"norms": "first", "head": "task"}),
+    ("ewc", {"head": "task"}),
     ("osla", {"curvature": "ekfac"}),
     ("dlcft", {"linear": False, "loss": "softmax"}),
     ("dlcft", {"classifier": "static", "curvature": "kfac"}),

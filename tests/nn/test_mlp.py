@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastcil.curvature import KroneckerFactors
-from fastcil.engine.options import NetworkOptions
+from fastcil.engine.groups import NetworkOptions
 from fastcil.engine.resolve import make_backbone_builder, settle
 from fastcil.errors import FastcilError
 from fastcil.nn import LinearHead, Network, build_backbone, linearize, mlp, share_with_pade
