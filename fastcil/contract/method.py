@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -27,6 +28,8 @@ class Method(Persistent):
     A method with ``selection = "own"`` chooses its exemplars itself, while it trains: it is told
     in ``task.room`` how many there will be room for, and answers ``chosen``. One whose tasks bring
     extractors of their own says so by ``adds_extractors``: their batch norms must train.
+    ``published_network`` holds what a method is published with of ``network.last_relu`` and
+    ``network.zero_init_residual``, where these are left open.
 
     Args:
         config: The method's frozen Config.
@@ -38,6 +41,7 @@ class Method(Persistent):
     selection: ClassVar[Literal["herding", "random", "own"]] = "herding"
     auto_augment: ClassVar[bool] = False
     adds_extractors: ClassVar[bool] = False
+    published_network: ClassVar[Mapping[str, bool]] = MappingProxyType({})
     network: Network
 
     def __init__(self, config: Any, context: Context) -> None:

@@ -42,8 +42,10 @@ class Stream:
 
     Where ``subset`` is a function the positions change as training goes (a reservoir). It is
     asked at every step, after the step before it is done, and each step draws its batch from
-    them anew, independently, without replacement; no batch while there are none. What it answers
-    must be part of the method's saved state. The first stream can't have one.
+    them anew, independently, without replacement; no batch while there are none. The first stream,
+    which sets the length of an epoch, asks it once, after the stage's ``begin``: a subset that
+    depends on what the stages before have learned. What it answers must be part of the method's
+    saved state.
 
     Args:
         parts: Data read as one sequence; empty parts are allowed.

@@ -20,6 +20,8 @@ class NetworkOptions:
         activation: ``relu``, or ``leaky`` for LeakyReLU(0.01) in every place.
         weights: A safetensors file that every new extractor starts from, such as ``fastcil
             pretrain`` writes, or one with torchvision's names; in Python also a state_dict.
+        last_relu: Whether the last block ends with its ReLU; None: as the method is published.
+        zero_init_residual: Whether the last batch norm of each block starts at zero; likewise.
         norms: ``train`` batch norms in every task; or in the ``first`` only, after which their
             statistics, scale and shift stay as they are, as in continual fine-tuning (Shon et al.
             2022, Sec. 4.1).
@@ -30,6 +32,8 @@ class NetworkOptions:
     stem: Literal["imagenet", "cifar", "small"] | None = None
     activation: Literal["relu", "leaky"] = "relu"
     weights: str | None = None
+    last_relu: bool | None = None
+    zero_init_residual: bool | None = None
     norms: Literal["train", "first"] = "train"
 
 

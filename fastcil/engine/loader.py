@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from fastcil.contract import Batch, Stream
 from fastcil.data import Augmentation, read_batch, view_geometry
 from fastcil.engine.seeds import generator
-from fastcil.errors import FastcilError
 
 _ORDER, _PIXELS = 0, 1
 
@@ -21,16 +21,14 @@ class Loader:
     Nothing is remembered between batches: every shuffle and every augmentation comes from a
     generator keyed by (seed, task, stage, stream, epoch, step), so a run resumes anywhere by
     asking for the next step, and any worker can make any batch. Only a stream whose ``subset`` is
-    a function depends on more: on what that gives when the batch is asked for.
+    a function depends on more: on what that gives when the batch is asked for, and of the first
+    stream, whose epochs must have a length, when the loader is made.
 
     Args:
         streams: What to read; empty ones are left out.
         augmentation: How images are cut and changed.
         device: Where the batch is wanted.
         key: Non-negative numbers that set this stage apart: seed, task, stage.
-
-    Raises:
-        FastcilError: The first stream's subset is a function: an epoch would have no length.
     """
 
     def __init__(
@@ -42,13 +40,10 @@ class Loader:
     ) -> None:
         self._readers: list[_StreamReader] = []
         for number, stream in enumerate(streams):
+            leads = not self._readers
+            if leads and callable(stream.subset):
+                stream = replace(stream, subset=stream.subset())
             if len(stream):
-                leads = not self._readers
-                if leads and callable(stream.subset):
-                    raise FastcilError(
-                        "subset is a function in the first stream, which sets the length of an "
-                        "epoch; give that stream fixed positions, or None for all."
-                    )
                 self._readers.append(
                     _StreamReader(stream, augmentation, device, (*key, number), leads)
                 )

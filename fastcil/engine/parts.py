@@ -78,7 +78,7 @@ class Parts:
                 f"network.norms is 'first', but {method_name} adds an extractor in every task, "
                 f"whose batch norms must train; leave it 'train'."
             )
-        bare = backbone or make_backbone_builder(network, size)
+        bare = backbone or make_backbone_builder(network, size, method_class.published_network)
         make = bare
         if network.weights is not None:
             settled = None if backbone else settle(network, size)

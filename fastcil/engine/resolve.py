@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from fastcil.data import Augmentation, ImageStore
 from fastcil.engine.groups import AugmentOptions, NetworkOptions
 from fastcil.errors import FastcilError
 from fastcil.nn import build_backbone
-from fastcil.nn.backbones import default_stem, default_width
+from fastcil.nn.backbones import default_stem, default_width, takes
 
 _SMALL = 64
 _CIFAR = 40
+_FLAGS = {"last_relu": True, "zero_init_residual": False}
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,8 +101,15 @@ def make_augmentation(
         raise FastcilError(f"augment.{error}") from error
 
 
-def settle(options: NetworkOptions, size: int) -> NetworkOptions:
+def settle(
+    options: NetworkOptions, size: int, published: Mapping[str, bool] | None = None
+) -> NetworkOptions:
     """The network that the options name for images of this side, with nothing left open.
+
+    Args:
+        options: As they were given.
+        size: Side of the images.
+        published: `Method.published_network`.
 
     Raises:
         FastcilError: No network of that name.
@@ -116,16 +124,33 @@ def settle(options: NetworkOptions, size: int) -> NetworkOptions:
         name = "resnet32" if size <= _CIFAR else "resnet18"
     width = default_width(name) if options.width is None else options.width
     stem = options.stem or default_stem(name, size)
-    return dataclasses.replace(options, name=name, width=width, stem=stem)
+    flags: dict[str, Any] = {
+        flag: default if getattr(options, flag) is None else getattr(options, flag)
+        for flag, default in {**_FLAGS, **(published or {})}.items()
+    }
+    return dataclasses.replace(options, name=name, width=width, stem=stem, **flags)
 
 
-def make_backbone_builder(options: NetworkOptions, size: int) -> Callable[[], nn.Module]:
-    """Builds the network that the options name, for images of this side, with random weights."""
+def make_backbone_builder(
+    options: NetworkOptions, size: int, published: Mapping[str, bool] | None = None
+) -> Callable[[], nn.Module]:
+    """Builds the network that the options name, for images of this side, with random weights.
+
+    Args:
+        options: As they were given.
+        size: Side of the images.
+        published: `Method.published_network`; not asked of a network that has none of it.
+    """
 
     def build() -> nn.Module:
-        network = settle(options, size)
+        network = settle(options, size, published)
+        flags = {
+            flag: getattr(network, flag)
+            for flag in _FLAGS
+            if getattr(options, flag) is not None or takes(network.name, flag)
+        }
         return build_backbone(
-            network.name, network.width, size, network.stem, activation=network.activation
+            network.name, network.width, size, network.stem, activation=network.activation, **flags
         )
 
     return build

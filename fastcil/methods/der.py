@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from fastcil.contract import (
@@ -24,6 +23,7 @@ from fastcil.contract import (
     check_positive,
 )
 from fastcil.errors import FastcilError
+from fastcil.memory.balance import balanced_subset
 from fastcil.nn import LinearHead, Network
 from fastcil.nn.lifecycle import channels, linear_head, new_head, start_network, successor
 
@@ -201,31 +201,6 @@ class DER(Method):
             for i, extractor in enumerate(self.network.extractors)
             if i
         ]
-
-
-def balanced_subset(labels: Tensor, seed: int) -> Tensor:
-    """Positions of a random subset in which all classes are as frequent as the rarest.
-
-    Args:
-        labels: int64 [N], on the CPU; classes that do not occur don't count.
-        seed: Of the generator that draws it.
-
-    Returns:
-        int64 [k * number of classes], ascending, k being the size of the smallest class.
-
-    Example:
-        >>> labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
-        >>> labels[balanced_subset(labels, seed=1)]
-        tensor([0, 0, 1, 1, 2, 2])
-    """
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)  # [N]
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # [N]
-    counts = labels.bincount()
-    first = counts.cumsum(0) - counts  # [K]
-    place = torch.arange(len(labels)) - first[labels[by_class]]  # [N], within its class
-    smallest = counts[counts > 0].min() if len(labels) else 0
-    return by_class[place < smallest].sort().values
 
 
 def redraw(head: LinearHead) -> None:

@@ -76,7 +76,7 @@ def build_backbone(
 
     Raises:
         FastcilError: If the name, the stem or the activation is unknown, or the network has no
-            stem and one is given.
+            stem, or no such option, and one is given.
 
     Example:
         >>> build_backbone("resnet18", width=8, image_size=64).out_channels
@@ -89,11 +89,16 @@ def build_backbone(
         )
     if width is not None:
         options["width"] = width
-    if stem is not None and not _takes(name, "stem"):
+    if stem is not None and not takes(name, "stem"):
         raise FastcilError(f"stem is {stem!r}, and {name!r} has none; leave it out.")
+    for option in options:
+        if not takes(name, option):
+            raise FastcilError(
+                f"{option} is {options[option]}, and {name!r} has none; leave it out."
+            )
     if image_size is not None:
         stem = stem or default_stem(name, image_size)
-        if _takes(name, "image_size"):
+        if takes(name, "image_size"):
             options["image_size"] = image_size
     if stem is not None:
         options["stem"] = stem
@@ -138,11 +143,23 @@ def default_stem(name: str, image_size: int) -> Stem | None:
         >>> default_stem("resnet18", 64), default_stem("mlp", 28)
         ('small', None)
     """
-    return stem_for(image_size) if _takes(name, "stem") else None
+    return stem_for(image_size) if takes(name, "stem") else None
 
 
-def _takes(name: str, argument: str) -> bool:
-    """Whether a network's builder has an argument."""
+def takes(name: str, argument: str) -> bool:
+    """Whether a network's builder has an argument.
+
+    Args:
+        name: A key of ``BACKBONES``.
+        argument: Name of the argument.
+
+    Raises:
+        FastcilError: If the name is unknown.
+
+    Example:
+        >>> takes("resnet18", "last_relu"), takes("mlp", "last_relu")
+        (True, False)
+    """
     return argument in inspect.signature(_builder(name)).parameters
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastcil.contract import Stream, Views
 from fastcil.data import Augmentation, Examples, ImageStore
 from fastcil.engine.loader import Loader
-from fastcil.errors import FastcilError
 
 CPU = torch.device("cpu")
 SIDE = 6
@@ -291,6 +290,16 @@ def test_entries_say_which_of_the_subset_an_image_is():
                 assert torch.equal(stream.pool()[batch.entry], batch.labels)
 
 
-def test_a_changing_subset_can_t_lead():
-    with pytest.raises(FastcilError, match="subset is a function in the first stream"):
-        load(Stream((numbered(4),), 2, subset=lambda: SOME))
+def test_the_stream_that_leads_asks_for_its_subset_once():
+    answers = [torch.tensor([3, 1, 2, 5]), torch.tensor([0])]
+    loader = load(Stream((numbered(6),), 2, subset=lambda: answers.pop(0)))
+    assert loader.steps == 2
+    for epoch in range(2):
+        seen = [label for step in range(2) for label in loader.batches(epoch, step)[0].labels]
+        assert sorted(map(int, seen)) == [1, 2, 3, 5]
+    assert len(answers) == 1
+
+
+def test_a_leading_subset_that_is_empty_leaves_the_lead_to_the_next():
+    empty = Stream((numbered(4),), 2, subset=lambda: torch.empty(0, dtype=torch.int64))
+    assert load(empty, Stream((numbered(6),), 2)).steps == 3

@@ -22,7 +22,7 @@ from fastcil.data import Augmentation
 from fastcil.engine.context import EngineContext
 from fastcil.engine.groups import NetworkOptions
 from fastcil.engine.options import make_settings
-from fastcil.engine.resolve import settle
+from fastcil.engine.resolve import make_backbone_builder, settle
 from fastcil.engine.weights import (
     StateDict,
     fit,
@@ -252,9 +252,26 @@ def test_weights_of_relu_start_a_network_of_leaky_relu(tmp_path: Path) -> None:
 
 
 def test_settling_leaves_nothing_open() -> None:
-    assert settle(NetworkOptions(), 224) == NetworkOptions("resnet18", 64, "imagenet")
+    flags = {"last_relu": True, "zero_init_residual": False}
+    assert settle(NetworkOptions(), 224) == NetworkOptions("resnet18", 64, "imagenet", **flags)
     assert settle(NetworkOptions(name="resnet18", stem="imagenet"), 32).stem == "imagenet"
-    assert settle(NetworkOptions(width=5), 33) == NetworkOptions("resnet32", 5, "cifar")
+    assert settle(NetworkOptions(width=5), 33) == NetworkOptions("resnet32", 5, "cifar", **flags)
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_network_ends_as_asked_or_as_published(asked):
+    options = NetworkOptions(name="resnet20", width=4, last_relu=asked)
+    build = make_backbone_builder(options, 32, {"last_relu": False, "zero_init_residual": True})
+    network = build()
+    assert isinstance(network.stages[-1][-1].relu2, nn.ReLU if asked else nn.Identity)
+    assert not any(network.stages[k][0].bn2.weight.any() for k in range(3))
+
+
+def test_a_network_without_blocks_is_not_asked_what_it_has_not():
+    published = {"last_relu": False}
+    make_backbone_builder(NetworkOptions(name="mlp", width=4), 8, published)()
+    with pytest.raises(FastcilError, match="last_relu is True, and 'mlp' has none"):
+        make_backbone_builder(NetworkOptions(name="mlp", width=4, last_relu=True), 8)()
 
 
 @pytest.mark.parametrize("method", ["finetune", "joint"])

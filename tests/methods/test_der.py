@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastcil.contract import evaluating
-from fastcil.methods.der import DER, balanced_subset
+from fastcil.methods.der import DER
 
 
 def make(lab, **options):
@@ -195,35 +195,6 @@ def test_classifier_subset_is_balanced(lab):
         assert Counter(labels[stream.subset].tolist()) == dict.fromkeys(range(task.total), 4)
         assert len(stream) == 4 * task.total
         assert stream.subset.unique().numel() == len(stream)
-
-
-@pytest.mark.parametrize("counts", [[3], [4, 2, 9], [1, 1], [0, 5, 3], [7, 0, 2, 0, 2]], ids=str)
-def test_balanced_subset(counts):
-    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
-    smallest = min(c for c in counts if c)
-    expected = {y: smallest for y, c in enumerate(counts) if c}
-    drawn = [balanced_subset(labels, seed) for seed in range(8)]
-    for subset in drawn:
-        assert Counter(labels[subset].tolist()) == expected
-        assert torch.equal(subset, subset.unique())
-    assert torch.equal(drawn[3], balanced_subset(labels, 3))
-    if len(set(counts) - {0}) > 1:
-        assert len({tuple(s.tolist()) for s in drawn}) > 1
-
-
-def test_balanced_subset_of_nothing():
-    assert balanced_subset(torch.empty(0, dtype=torch.int64), 0).shape == (0,)
-
-
-def test_balanced_subset_is_uniform():
-    """Every image of a large class is drawn equally often."""
-    labels = torch.tensor([0] * 6 + [1] * 2)
-    hits = torch.zeros(8)
-    for seed in range(600):
-        hits[balanced_subset(labels, seed)] += 1
-    assert hits[6:].tolist() == [600, 600]
-    assert ((hits[:6] / 600 - 1 / 3).abs() < 0.08).all()
 
 
 def test_retained_networks(lab):

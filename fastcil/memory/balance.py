@@ -1,0 +1,74 @@
+"""Subsets in which every class is as frequent as any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastcil.contract import Task
+from fastcil.data import Examples
+from fastcil.memory.selection import herding
+
+
+def balanced_subset(labels: Tensor, seed: int) -> Tensor:
+    """Positions of a random subset in which all classes are as frequent as the rarest.
+
+    Args:
+        labels: int64 [N], on the CPU; classes that do not occur don't count.
+        seed: Of the generator that draws it.
+
+    Returns:
+        int64 [k * number of classes], ascending, k being the size of the smallest class.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+        >>> labels[balanced_subset(labels, seed=1)]
+        tensor([0, 0, 1, 1, 2, 2])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)  # [N]
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # [N]
+    counts = labels.bincount()
+    first = counts.cumsum(0) - counts  # [K]
+    place = torch.arange(len(labels)) - first[labels[by_class]]  # [N], within its class
+    smallest = counts[counts > 0].min() if len(labels) else 0
+    return by_class[place < smallest].sort().values
+
+
+def herded_subset(task: Task, embed: Callable[[Examples], Tensor]) -> Tensor:
+    """Positions of all exemplars and of as many new images per class, the first that herding picks.
+
+    What a network is finetuned on once it has learned a task, all classes being equally frequent
+    (Castro et al. 2018, Sec. 3.3). A new class gets as many images as the old class with the most
+    exemplars has; all, if it has no more, and in the first task.
+
+    Args:
+        task: Its classes' images, and what memory holds.
+        embed: Features [N, D] of some of its examples, by which herding picks; one class a call.
+
+    Returns:
+        int64 [n] on the CPU, ascending, positions in ``task.examples`` followed by
+        ``task.exemplars``.
+
+    Example:
+        >>> from fastcil.data import ImageStore
+        >>> store = ImageStore.from_batch(torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
+        >>> new = Examples(store, torch.tensor([1, 1, 2, 2]))
+        >>> old = Examples(store.select([0]), torch.tensor([0]))
+        >>> task = Task(index=1, classes=(1, 2), known=1, examples=new, exemplars=old)
+        >>> herded_subset(task, lambda examples: torch.ones(len(examples), 3))
+        tensor([0, 2, 4])
+    """
+    held = task.exemplars.labels.cpu()
+    most = int(held.bincount().max()) if len(held) else len(task.examples)
+    labels = task.examples.labels.cpu()
+    chosen = [torch.arange(len(labels), len(labels) + len(held))]
+    for label in task.classes:
+        mine = (labels == label).nonzero().flatten()
+        if len(mine) > most:
+            images = task.examples.select(mine.to(task.examples.labels.device))
+            mine = mine[herding(embed(images), most).cpu()]
+        chosen.append(mine)
+    return torch.cat(chosen).sort().values
