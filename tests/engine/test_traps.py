@@ -6,6 +6,7 @@ names of the tests say what happened there.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -24,7 +25,7 @@ CLASSES = sum(SIZES)
 EDGES = np.cumsum([0, *SIZES])
 UNEVEN = Scenario(
     "uneven",
-    tuple(Arrival(tuple(range(a, b))) for a, b in zip(EDGES[:-1], EDGES[1:], strict=True)),
+    tuple(Arrival(tuple(range(a, b))) for a, b in itertools.pairwise(EDGES)),
 )
 OPTIONS = {
     "engine.epoch_scale": 0.005,
@@ -63,7 +64,7 @@ def test_tasks_that_are_no_tens_end_the_run_in_a_value_error(method: str) -> Non
         matrix = Result(result.config, result.environment, [outcome]).accuracy_matrix
         assert matrix.shape == (3, 3)
         found = outcome.tasks[-1].correct[result.readouts[0]]
-        for j, (a, b) in enumerate(zip(EDGES[:-1], EDGES[1:], strict=True)):
+        for j, (a, b) in enumerate(itertools.pairwise(EDGES)):
             assert sum(found["count"][a:b]) == sum(3 + label % 2 for label in range(a, b))
             right = 100 * sum(found["top1"][a:b]) / sum(found["count"][a:b])
             assert matrix[2, j] == pytest.approx(right)
