@@ -23,3 +23,18 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         maps: Tensor = self.layers(images)
         return maps
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        maps = [images]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return maps[1:]
+
+    @property
+    def stem(self) -> nn.Module:
+        return nn.Identity()
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        starts = range(0, len(self.layers), 3)
+        return nn.ModuleList(self.layers[start : start + 3] for start in starts)

@@ -1,11 +1,13 @@
 """Network parts: backbones, heads, learnable activations, and losses that methods share."""
 
+from fastcil.nn.aggregation import AggregatedBackbone as AggregatedBackbone
 from fastcil.nn.backbones import BACKBONES as BACKBONES
 from fastcil.nn.backbones import build_backbone as build_backbone
 from fastcil.nn.backbones import stem_for as stem_for
-from fastcil.nn.heads import HEADS as HEADS
+from fastcil.nn.cosine_head import CosineHead as CosineHead
+from fastcil.nn.head_kinds import HEADS as HEADS
+from fastcil.nn.head_kinds import build_head as build_head
 from fastcil.nn.heads import LinearHead as LinearHead
-from fastcil.nn.heads import build_head as build_head
 from fastcil.nn.linearize import Linearized as Linearized
 from fastcil.nn.linearize import leaky as leaky
 from fastcil.nn.linearize import linearize as linearize
@@ -13,6 +15,7 @@ from fastcil.nn.losses import alignment_weights as alignment_weights
 from fastcil.nn.losses import balanced_distillation as balanced_distillation
 from fastcil.nn.losses import cross_entropy_among as cross_entropy_among
 from fastcil.nn.losses import distillation as distillation
+from fastcil.nn.losses import distillation_by_layer as distillation_by_layer
 from fastcil.nn.losses import masked_mean as masked_mean
 from fastcil.nn.losses import outputs_of as outputs_of
 from fastcil.nn.mlp import MLP as MLP
@@ -20,6 +23,11 @@ from fastcil.nn.mlp import mlp as mlp
 from fastcil.nn.network import Network as Network
 from fastcil.nn.network import build_module as build_module
 from fastcil.nn.pade import Pade as Pade
+from fastcil.nn.pod import margin_nca as margin_nca
+from fastcil.nn.pod import nca as nca
+from fastcil.nn.pod import pod_flat as pod_flat
+from fastcil.nn.pod import pod_spatial as pod_spatial
+from fastcil.nn.proxy_head import ProxyHead as ProxyHead
 from fastcil.nn.rational import RationalFit as RationalFit
 from fastcil.nn.rational import fit_rational as fit_rational
 from fastcil.nn.replace import Replaced as Replaced
@@ -28,6 +36,9 @@ from fastcil.nn.replace import share_with_pade as share_with_pade
 from fastcil.nn.resnet import resnet18 as resnet18
 from fastcil.nn.resnet import resnet20 as resnet20
 from fastcil.nn.resnet import resnet32 as resnet32
+from fastcil.nn.scaling import ScaledConv2d as ScaledConv2d
+from fastcil.nn.scaling import merge_scales as merge_scales
+from fastcil.nn.scaling import scale_convolutions as scale_convolutions
 from fastcil.nn.tangent import TangentConv2d as TangentConv2d
 from fastcil.nn.tangent import TangentLinear as TangentLinear
 from fastcil.nn.tensors import Tensors as Tensors

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +13,40 @@ from torch.nn import functional
 from fastcil.errors import FastcilError
 
 
-def _fresh(shape: tuple[int, ...], in_features: int) -> Tensor:
-    """Entries as ``nn.Linear`` draws them, on the CPU: a seed means the same on every device."""
+def fresh_entries(shape: tuple[int, ...], in_features: int) -> Tensor:
+    """Entries as ``nn.Linear`` draws them, on the CPU: a seed means the same on every device.
+
+    Args:
+        shape: Of the tensor.
+        in_features: Length D of a feature vector; entries are uniform in ±1/sqrt(D).
+
+    Example:
+        >>> fresh_entries((3, 4), in_features=4).abs().max() <= 0.5
+        tensor(True)
+    """
     bound = 1 / math.sqrt(in_features)
     return torch.empty(shape, device="cpu").uniform_(-bound, bound)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises unless every size of a head is at least 1.
+
+    Example:
+        >>> check_sizes(in_features=8, classes=5)
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise FastcilError(f"{name} is {value}; a head needs at least 1.")
+
+
+def check_grows(name: str, before: int, after: int) -> None:
+    """Raises if a head would lose classes or features.
+
+    Example:
+        >>> check_grows("classes", 5, 7)
+    """
+    if after < before:
+        raise FastcilError(f"{name} is {after}; a head of {before} can only grow.")
 
 
 class LinearHead(nn.Module):
@@ -49,12 +78,10 @@ class LinearHead(nn.Module):
 
     def __init__(self, in_features: int, classes: int, bias: bool = True) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("classes", classes)):
-            if value < 1:
-                raise FastcilError(f"{name} is {value}; a head needs at least 1.")
+        check_sizes(in_features=in_features, classes=classes)
         like = torch.empty(0)
-        self.weight = nn.Parameter(_fresh((classes, in_features), in_features).to(like))
-        offset = nn.Parameter(_fresh((classes,), in_features).to(like)) if bias else None
+        self.weight = nn.Parameter(fresh_entries((classes, in_features), in_features).to(like))
+        offset = nn.Parameter(fresh_entries((classes,), in_features).to(like)) if bias else None
         self.register_parameter("bias", offset)
 
     @property
@@ -89,17 +116,13 @@ class LinearHead(nn.Module):
             FastcilError: If there would be fewer classes or features than now.
         """
         wide = self.in_features if in_features is None else in_features
-        for name, before, after in (
-            ("classes", self.classes, classes),
-            ("in_features", self.in_features, wide),
-        ):
-            if after < before:
-                raise FastcilError(f"{name} is {after}; a head of {before} can only grow.")
-        weight = _fresh((classes, wide), wide).to(self.weight)
+        check_grows("classes", self.classes, classes)
+        check_grows("in_features", self.in_features, wide)
+        weight = fresh_entries((classes, wide), wide).to(self.weight)
         weight[: self.classes, : self.in_features] = self.weight.detach()
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
-            bias = _fresh((classes,), wide).to(self.bias)
+            bias = fresh_entries((classes,), wide).to(self.bias)
             bias[: len(self.bias)] = self.bias.detach()
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
@@ -120,27 +143,3 @@ class LinearHead(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"{self.in_features}, {self.classes}, bias={self.bias is not None}"
-
-
-HEADS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {LinearHead.kind: LinearHead.build}
-"""For each ``kind`` of head: structure -> head."""
-
-
-def build_head(structure: Mapping[str, Any]) -> nn.Module:
-    """A head as its ``structure()`` described it, with arbitrary weights.
-
-    Args:
-        structure: Has ``kind``, a key of ``HEADS``, and what that kind needs.
-
-    Raises:
-        FastcilError: If the kind is unknown.
-
-    Example:
-        >>> build_head({"kind": "linear", "in_features": 4, "classes": 3, "bias": False})
-        LinearHead(4, 3, bias=False)
-    """
-    kind = structure.get("kind")
-    if kind not in HEADS:
-        near = get_close_matches(str(kind), HEADS, 1, 0.0)
-        raise FastcilError(f"head kind is {kind!r}; the nearest known one is {near[0]!r}.")
-    return HEADS[kind](structure)

@@ -28,7 +28,22 @@ def start_network(backbone: nn.Module, classes: int, bias: bool = True) -> Netwo
         >>> network(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 5])
     """
-    return Network([backbone], new_head(backbone, channels(backbone), classes, bias))
+    return with_head(backbone, LinearHead(channels(backbone), classes, bias))
+
+
+def with_head(backbone: nn.Module, head: nn.Module) -> Network:
+    """A network of one extractor and a head of any kind, which moves to the extractor's device.
+
+    Args:
+        backbone: The extractor.
+        head: The head, drawn on the CPU, so that a seed means the same on every device.
+
+    Example:
+        >>> from fastcil.nn import CosineHead, resnet20
+        >>> with_head(resnet20(width=4), CosineHead(16, classes=5)).head
+        CosineHead(16, 5, old=0)
+    """
+    return Network([backbone], _beside(head, backbone))
 
 
 def new_head(like: nn.Module, in_features: int, classes: int, bias: bool = True) -> LinearHead:
@@ -42,7 +57,11 @@ def new_head(like: nn.Module, in_features: int, classes: int, bias: bool = True)
         classes: Outputs.
         bias: Whether the head has a bias.
     """
-    head = LinearHead(in_features, classes, bias=bias)
+    return _beside(LinearHead(in_features, classes, bias=bias), like)
+
+
+def _beside(head: ModuleT, like: nn.Module) -> ModuleT:
+    """A head on the device of another module."""
     parameter = next(iter(like.parameters()), None)
     return head if parameter is None else head.to(parameter.device)
 

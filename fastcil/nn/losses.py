@@ -102,6 +102,40 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.
     )
 
 
+def distillation_by_layer(
+    logits: Tensor, teacher_logits: Tensor, layers: Sequence[int], temperature: float = 2.0
+) -> Tensor:
+    r"""Distillation of several classification layers, each with a softmax of its own, summed up.
+
+    .. math:: L = \sum_f L_{D_f}
+
+    (Castro et al. 2018, Eq. 1), each term being ``distillation`` of the outputs of one layer.
+
+    Args:
+        logits: The student's, layer after layer.  # [B, C]
+        teacher_logits: The teacher's.  # [B, C]
+        layers: Outputs of each layer, with sum C.
+        temperature: T.
+
+    Returns:
+        The sum of the means over the batch.  # []
+
+    Raises:
+        FastcilError: As in ``distillation``, or if there is no layer.
+
+    Example:
+        >>> distillation_by_layer(torch.zeros(1, 4), torch.zeros(1, 4), [2, 2])  # 2 log 2
+        tensor(1.3863)
+    """
+    _check(logits, teacher_logits, temperature, ("logits", "teacher_logits"))
+    if not layers or sum(layers) != logits.shape[1]:
+        raise FastcilError(
+            f"layers is {list(layers)}, of {sum(layers)} outputs; logits has {logits.shape[1]}."
+        )
+    parts = zip(logits.split(list(layers), 1), teacher_logits.split(list(layers), 1), strict=True)
+    return torch.stack([distillation(z, old, temperature) for z, old in parts]).sum()
+
+
 def alignment_weights(counts: Tensor, beta: float) -> Tensor:
     r"""Weights of classes by their number of images, by which FOSTER aligns logits.
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcil.errors import FastcilError
-from fastcil.nn.heads import build_head
+from fastcil.nn.extractor_kinds import build_extractor, extractor_structure
+from fastcil.nn.head_kinds import build_head
 from fastcil.nn.tensors import Tensors
 
 
@@ -198,7 +199,7 @@ class Network(nn.Module):
         """What ``build`` needs to make a network of the same shape; JSON-able."""
         return {
             "kind": self.kind,
-            "extractors": len(self.extractors),
+            "extractors": [extractor_structure(extractor) for extractor in self.extractors],
             "frozen": list(self.frozen),
             "norms_frozen": self.norms_frozen,
             "head": self.head.structure(),  # type: ignore[operator]
@@ -210,12 +211,13 @@ class Network(nn.Module):
 
         Args:
             structure: As ``structure()`` returns it.
-            make_backbone: Makes one extractor; the head is moved to its device.
+            make_backbone: Makes one backbone, of which an extractor has one or, such as
+                `fastcil.nn.AggregatedBackbone`, several; the head is moved to its device.
 
         Raises:
             FastcilError: If the parts do not fit together.
         """
-        extractors = [make_backbone() for _ in range(structure["extractors"])]
+        extractors = [build_extractor(s, make_backbone) for s in structure["extractors"]]
         head = build_head(structure["head"])
         parameter = next((p for extractor in extractors for p in extractor.parameters()), None)
         network = cls(extractors, head if parameter is None else head.to(parameter.device))
@@ -234,7 +236,7 @@ def build_module(structure: Mapping[str, Any], make_backbone: Callable[[], nn.Mo
 
     Args:
         structure: As ``structure()`` returned it.
-        make_backbone: Makes one extractor of a network.
+        make_backbone: Makes one backbone of a network.
 
     Raises:
         FastcilError: If the kind is unknown.
