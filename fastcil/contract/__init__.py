@@ -1,6 +1,6 @@
 """What methods, addons and the engine agree on."""
 
-from fastcil.contract.addon import Addon
+from fastcil.contract.addon import Addon, Fitting
 from fastcil.contract.batch import Batch
 from fastcil.contract.checks import check_choices, check_not_negative, check_positive
 from fastcil.contract.context import Context, Look
@@ -17,6 +17,7 @@ __all__ = [
     "Addon",
     "Batch",
     "Context",
+    "Fitting",
     "Kind",
     "Look",
     "Losses",

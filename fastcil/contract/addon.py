@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,7 +14,11 @@ from fastcil.contract.record import Record
 from fastcil.contract.retained import Retained
 from fastcil.contract.stage import Stage
 from fastcil.contract.task import Task
-from fastcil.data import Examples
+from fastcil.data import Examples, ImageStore
+
+Fitting = Callable[[Tensor, Tensor], int]
+"""(costs in the papers' images [N], bytes [N]) of exemplars of one class, the most wanted first ->
+how many of them from the front the budget lets the class keep once the task is learned."""
 
 
 class Addon(Persistent):
@@ -21,6 +26,12 @@ class Addon(Persistent):
 
     An addon never asks which method it has; what it needs it takes from the `Method` interface,
     and ``check`` refuses a method that lacks it.
+
+    The engine calls, for each task, after the method's own: ``begin_task``; ``stages``;
+    ``prepare_memory`` and ``boxes``, for the memory's update; ``refinements``, the stages that
+    work on the exemplars chosen, and when they are done ``refined``, by which memory takes what
+    became of them; ``end_task``. What trains in a refinement is state of the addon: a run that
+    stops in the middle of one goes on with the memory it had then, and without the stages before.
 
     Args:
         config: The addon's frozen Config.
@@ -48,7 +59,7 @@ class Addon(Persistent):
         """Raises `CompositionError`, with the reason, if it can't work with ``method``."""
 
     def codec_options(self) -> dict[str, Any]:
-        """Settings of the codec it brings."""
+        """Settings of the codec it brings; asked anew after each ``prepare_memory``."""
         return {}
 
     def begin_task(self, task: Task) -> None:
@@ -61,6 +72,42 @@ class Addon(Persistent):
     def boxes(self, examples: Examples) -> Tensor | None:
         """The box of each image for a codec that wants them, int16 [N, 4], or None."""
         return None
+
+    def refinements(self, task: Task) -> list[Stage]:
+        """Describes training that follows the memory's update; changes nothing.
+
+        The method is then as its stages left it; its ``end_task`` comes afterwards. As with
+        `Method.stages`, a run that resumes in the middle of one of them asks again and must hear
+        of the same stages; work that changes something belongs in their ``begin``.
+
+        Args:
+            task: The task, its ``exemplars`` those that memory holds now, of its own classes too.
+        """
+        return []
+
+    def refined(self, task: Task) -> tuple[Tensor, ImageStore] | None:
+        """What the refinements made of exemplars, asked when all of them are done.
+
+        Args:
+            task: As in ``refinements``.
+
+        Returns:
+            Positions in ``task.exemplars``, int64 [M], and the raw images, of the same sizes, that
+            memory encodes and keeps in their place; None to leave memory as it is.
+        """
+        return None
+
+    def prepare_memory(self, task: Task, fitting: Fitting) -> None:
+        """Called when the stages are done, right before memory's update.
+
+        It is the time to look at what is about to be kept, the method being in evaluation mode.
+        ``codec_options`` are asked again afterwards: a codec may change its settings with every
+        task, as long as it reads what it has encoded before.
+
+        Args:
+            task: The task.
+            fitting: How many exemplars a class may keep; see `Fitting`.
+        """
 
     def end_task(self, task: Task) -> None:
         """Called after memory's update and the method's ``end_task``."""

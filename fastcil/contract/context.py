@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from fastcil.data import Examples
+from fastcil.data import Augmentation, Examples
 
 Look = Literal["centre", "whole"]
 """How images are read outside training: the test transform, or squeezed whole (for CAMs)."""
@@ -15,6 +15,11 @@ Look = Literal["centre", "whole"]
 
 class Context(Protocol):
     """Services of the engine."""
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How the run's images are cut, changed and normalised."""
+        ...
 
     def make_backbone(self) -> nn.Module:
         """A new feature extractor, on the run's device, ready to be trained.

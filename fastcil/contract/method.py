@@ -22,8 +22,8 @@ class Method(Persistent):
     """A learner: a network, its losses, and what happens before and after a task.
 
     The engine calls, for each task: ``begin_task``; the stages that ``stages`` describes; the
-    memory's update, with features from ``embed``; ``end_task``, whose task carries the updated
-    exemplars; the evaluation of every readout; ``release``.
+    memory's update, with features from ``embed``, and what addons then make of the exemplars;
+    ``end_task``, whose task carries them; the evaluation of every readout; ``release``.
 
     A method with ``selection = "own"`` chooses its exemplars itself, while it trains: it is told
     in ``task.room`` how many there will be room for, and answers ``chosen``. One whose tasks bring

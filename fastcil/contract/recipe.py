@@ -42,6 +42,7 @@ class Recipe:
         weight_decay: L2 penalty as the optimiser applies it.
         batch_size: Images per step of the first stream.
         clip: Largest gradient norm, 0 for none.
+        clip_value: Largest magnitude of a gradient's entry, cut before ``clip``; 0 for none.
 
     Example:
         >>> [round(Recipe(epochs=4, lr=0.1).lr_at(e), 4) for e in range(4)]
@@ -59,10 +60,11 @@ class Recipe:
     weight_decay: float = 5e-4
     batch_size: int = 128
     clip: float = 0.0
+    clip_value: float = 0.0
 
     def __post_init__(self) -> None:
         counts = (("epochs", 0), ("batch_size", 1), ("warmup", 0))
-        rates = (("momentum", 0), ("weight_decay", 0), ("clip", 0))
+        rates = (("momentum", 0), ("weight_decay", 0), ("clip", 0), ("clip_value", 0))
         for name, low in (*counts, *rates):
             value = getattr(self, name)
             if not low <= value < math.inf:

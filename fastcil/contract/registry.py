@@ -23,6 +23,10 @@ METHODS: dict[str, str | type] = {
     "si": "fastcil.methods.si:SI",
     "dlcft": "fastcil.methods.dlcft:DLCFT",
     "icarl": "fastcil.methods.icarl:ICaRL",
+    "eeil": "fastcil.methods.eeil:EEIL",
+    "wa": "fastcil.methods.wa:WA",
+    "lucir": "fastcil.methods.lucir:LUCIR",
+    "podnet": "fastcil.methods.podnet:PODNet",
     "der": "fastcil.methods.der:DER",
     "foster": "fastcil.methods.foster:Foster",
 }
@@ -30,10 +34,14 @@ ADDONS: dict[str, str | type] = {
     "cam": "fastcil.addons.cam:CAM",
     "cim": "fastcil.addons.cim:CIM",
     "fisher": "fastcil.addons.fisher:Fisher",
+    "mrdc": "fastcil.addons.mrdc:MRDC",
+    "mnemonics": "fastcil.addons.mnemonics:Mnemonics",
+    "aanets": "fastcil.addons.aanets:AANets",
 }
 CODECS: dict[str, str | type] = {
     "raw": "fastcil.memory.codecs.raw:RawCodec",
     "bbox": "fastcil.memory.codecs.bbox:BBoxCodec",
+    "jpeg": "fastcil.memory.codecs.jpeg:JpegCodec",
 }
 ALIASES = {"ft-cnn": "finetune"}
 

@@ -78,7 +78,7 @@ class ImageStore:
             sizes.append((tensor.shape[0], tensor.shape[1]))
             flat.append(tensor.reshape(-1))
         pixels = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
-        return cls._raw(pixels, torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2))
+        return cls.from_pixels(pixels, torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2))
 
     @classmethod
     def from_batch(cls, images: np.ndarray[Any, Any] | Tensor) -> ImageStore:
@@ -95,11 +95,27 @@ class ImageStore:
             raise FastcilError(f"images has shape {tuple(tensor.shape)}; it must be [N, H, W, 3].")
         _check_side(tensor.shape[1], tensor.shape[2], "images")
         sizes = torch.tensor(tensor.shape[1:3]).expand(len(tensor), 2)
-        return cls._raw(tensor.reshape(-1), sizes)
+        return cls.from_pixels(tensor.reshape(-1), sizes)
 
     @classmethod
-    def _raw(cls, pixels: Tensor, sizes: Tensor) -> ImageStore:
-        """A store of raw images of these sizes, which fill ``pixels`` in order."""
+    def empty(cls, device: torch.device | str = "cpu") -> ImageStore:
+        """A store of nothing.
+
+        Example:
+            >>> len(ImageStore.empty()), ImageStore.empty().nbytes
+            (0, 0)
+        """
+        none = torch.empty(0, dtype=torch.uint8, device=device)
+        return cls.from_pixels(none, torch.empty(0, 2, dtype=torch.int64))
+
+    @classmethod
+    def from_pixels(cls, pixels: Tensor, sizes: Tensor) -> ImageStore:
+        """A store of raw images of these sizes, which fill ``pixels`` in order.
+
+        Args:
+            pixels: uint8 [P], kept as it is.
+            sizes: Heights and widths, int64 [N, 2].
+        """
         sizes = sizes.to(pixels.device)
         nbytes = sizes.prod(1) * 3
         zeros = torch.zeros_like(sizes)
@@ -108,6 +124,11 @@ class ImageStore:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.offsets.device
 
     @property
     def nbytes(self) -> int:
@@ -155,17 +176,8 @@ class ImageStore:
         index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
         geometry = self.geometry[index]
         nbytes = ops.packed_nbytes(geometry)
-        sources, targets = self.offsets[index], nbytes.cumsum(0) - nbytes
-        # Images that lie together already move together, one slice for each run of them: an index
-        # for every byte would take eight times the memory.
-        leads = torch.ones_like(sources, dtype=torch.bool)
-        leads[1:] = sources[1:] != (sources + nbytes)[:-1]
-        runs = torch.stack([sources[leads], targets[leads]], 1).tolist()
-        pixels = self.pixels.new_empty(int(nbytes.sum()))
-        stops = [target for _, target in runs[1:]] + [len(pixels)]
-        for (source, target), stop in zip(runs, stops, strict=False):
-            pixels[target:stop] = self.pixels[source : source + stop - target]
-        return ImageStore(pixels, targets, geometry)
+        pixels = gather_bytes(self.pixels, self.offsets[index], nbytes)
+        return ImageStore(pixels, nbytes.cumsum(0) - nbytes, geometry)
 
     @staticmethod
     def cat(stores: Sequence[ImageStore]) -> ImageStore:
@@ -199,7 +211,7 @@ class ImageStore:
     def reconstruct(self) -> ImageStore:
         """The images as they are seen, in a raw store."""
         pixels, _ = ops.reconstruct(self.pixels, self.offsets, self.geometry)
-        return ImageStore._raw(pixels, self.sizes)
+        return ImageStore.from_pixels(pixels, self.sizes)
 
     def state(self) -> dict[str, Tensor]:
         """The buffers, by name."""
@@ -317,6 +329,32 @@ class Dataset:
                     f"{name} has shape {tuple(boxes.shape)} for {len(examples)} images; "
                     f"it must be [{len(examples)}, 4]."
                 )
+
+
+def gather_bytes(buffer: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """Stretches of a buffer, one after the other in a new one.
+
+    Args:
+        buffer: uint8 [P].
+        starts: int64 [N], first byte of each stretch.
+        lengths: int64 [N], their bytes.
+
+    Example:
+        >>> gather_bytes(torch.arange(9, dtype=torch.uint8), torch.tensor([7, 0]),
+        ...              torch.tensor([2, 3])).tolist()
+        [7, 8, 0, 1, 2]
+    """
+    targets = lengths.cumsum(0) - lengths
+    # Stretches that lie together already move together, one slice for each run of them: an index
+    # for every byte would take eight times the memory.
+    leads = torch.ones_like(starts, dtype=torch.bool)
+    leads[1:] = starts[1:] != (starts + lengths)[:-1]
+    runs = torch.stack([starts[leads], targets[leads]], 1).tolist()
+    gathered = buffer.new_empty(int(lengths.sum()))
+    stops = [target for _, target in runs[1:]] + [len(gathered)]
+    for (source, target), stop in zip(runs, stops, strict=False):
+        gathered[target:stop] = buffer[source : source + stop - target]
+    return gathered
 
 
 def _as_tensor(image: Any, name: str) -> Tensor:

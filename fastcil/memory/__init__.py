@@ -1,7 +1,7 @@
 """What is kept between tasks: exemplars, how many of them, which, and in what form."""
 
 from fastcil.memory.budget import Budget
-from fastcil.memory.codecs import Codec, make_codec
+from fastcil.memory.codecs import ByteStore, Codec, Encoded, make_codec
 from fastcil.memory.memory import Memory
 from fastcil.memory.room import likely_room
 from fastcil.memory.selection import SELECTIONS, herding, random_order
@@ -9,7 +9,9 @@ from fastcil.memory.selection import SELECTIONS, herding, random_order
 __all__ = [
     "SELECTIONS",
     "Budget",
+    "ByteStore",
     "Codec",
+    "Encoded",
     "Memory",
     "herding",
     "likely_room",

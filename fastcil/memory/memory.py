@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +14,16 @@ from fastcil.contract import Retained, Task, nearest
 from fastcil.data import Examples, ImageStore
 from fastcil.errors import FastcilError
 from fastcil.memory.budget import Budget
-from fastcil.memory.codecs import Codec, make_codec
+from fastcil.memory.codecs import Codec, Encoded, make_codec
+from fastcil.memory.limits import (
+    affordable,
+    check_fit,
+    check_others,
+    costs,
+    most_picks,
+    prefixes,
+    too_small,
+)
 from fastcil.memory.selection import SELECTIONS
 
 Keeps = Literal["exemplars", "everything", "nothing"]
@@ -24,16 +32,14 @@ Embed = Callable[[Examples], Tensor]
 
 OWN = "own"
 
-# Costs in images are sums of fractions, good to about 1e-12; bytes are whole numbers.
-_SLACK = 1e-9
-
 
 class Memory:
     """Exemplars of every class learned, encoded, selected and reduced to fit a budget.
 
     They are grouped by class, ascending, and within a class stand in the order of selection, so
     that keeping fewer of a class means keeping a prefix (Rebuffi et al. 2017, Alg. 5). Selection
-    looks at the images as they will be remembered: encoded and decoded.
+    looks at the images as they will be remembered: encoded and decoded. What can't be read as it
+    is encoded is decoded by `examples`, once until it changes, and counted by `working_nbytes`.
 
     With ``selection="own"`` the method chooses instead, from all classes at once: exemplars stand
     in the order of its choice, which need not be grouped, and the budget is shared by all of them
@@ -59,30 +65,28 @@ class Memory:
         ([2, 2], 880)
     """
 
+    _images: Encoded
+    _decoded: ImageStore | None
+
     def __init__(
         self,
         budget: Budget | str | int,
-        codec: Codec | str = "raw",
+        codec: Codec[Any] | str = "raw",
         selection: str = "herding",
         keeps: Keeps = "exemplars",
     ) -> None:
-        known = (*SELECTIONS, OWN)
-        if selection not in known:
-            raise FastcilError(
-                f"selection is '{selection}', which is unknown; {nearest(selection, known)}"
-            )
-        if keeps not in get_args(Keeps):
-            raise FastcilError(
-                f"keeps is '{keeps}', which is unknown; {nearest(keeps, get_args(Keeps))}"
-            )
+        names = {"selection": (selection, (*SELECTIONS, OWN)), "keeps": (keeps, get_args(Keeps))}
+        for argument, (name, known) in names.items():
+            if name not in known:
+                advice = nearest(name, known)
+                raise FastcilError(f"{argument} is '{name}', which is unknown; {advice}")
         self.budget = Budget.parse(budget)
         if keeps == "everything":
             codec = "raw"
         self.codec = make_codec(codec) if isinstance(codec, str) else codec
         self.selection = selection
         self.keeps = keeps
-        self._images = _no_images(torch.device("cpu"))
-        self._labels = torch.empty(0, dtype=torch.int32)
+        self._set(self.codec.store.empty(), torch.empty(0, dtype=torch.int32))
         self._warned = False
 
     def __len__(self) -> int:
@@ -99,6 +103,17 @@ class Memory:
         return self.retained().nbytes
 
     @property
+    def working_nbytes(self) -> int:
+        """Bytes of the images that `examples` decoded, where they are not what is held itself."""
+        if self._decoded is None or self._decoded is self._images:
+            return 0
+        return self._decoded.nbytes
+
+    def release(self) -> None:
+        """Lets go of decoded images, until they are asked for again."""
+        self._decoded = None
+
+    @property
     def units(self) -> float:
         """Cost of what is held in the papers' images (Luo et al. 2023, Eq. 4)."""
         return float(self.codec.units(self._images).sum())
@@ -110,7 +125,13 @@ class Memory:
 
     def examples(self) -> Examples:
         """The exemplars, decoded as far as reading needs it; labels int64."""
-        return Examples(self.codec.decode(self._images), self._labels.long())
+        if self._decoded is None:
+            self._decoded = self.codec.decode(self._images)
+        return Examples(self._decoded, self._labels.long())
+
+    def exemplar_nbytes(self) -> Tensor:
+        """What each exemplar costs in bytes, in the order of `examples`, int64 [N]."""
+        return self.codec.nbytes(self._images)
 
     def retained(self) -> Retained:
         """The entry that counts towards the budget."""
@@ -130,15 +151,25 @@ class Memory:
             odd = ", ".join(sorted(state.keys() ^ self.state().keys()))
             raise FastcilError(f"the saved memory does not fit: {odd} missing or not known.")
         images = {name: value for name, value in state.items() if name != "labels"}
-        device = self.device
-        self._images = ImageStore.from_state(images).to(device)
-        self._labels = state["labels"].to(device, torch.int32)
+        restored, labels = self.codec.store.from_state(images), state["labels"]
+        if len(labels) != len(restored):
+            count = f"{len(labels)} labels for {len(restored)} exemplars"
+            raise FastcilError(f"the saved memory does not fit: {count}.")
+        self._set(restored.to(self.device), labels.to(self.device, torch.int32))
 
     def to(self, device: torch.device | str) -> Memory:
         """Moves the buffers; returns itself."""
-        self._images = self._images.to(device)
-        self._labels = self._labels.to(device)
+        self._set(self._images.to(device), self._labels.to(device))
         return self
+
+    def use(self, codec: Codec[Any]) -> None:
+        """Encodes by ``codec`` from now on: the codec there is, with other settings.
+
+        What is held stays as it is. A memory that keeps everything goes on keeping it raw.
+        """
+        if self.keeps != "everything":
+            self.codec = codec
+            self.release()
 
     def checksum(self) -> str:
         """SHA-256 over all buffers: equal on every rank, and after a resume.
@@ -190,7 +221,7 @@ class Memory:
         if self.keeps == "everything":
             self._keep_all(task.examples)
             return
-        self._check_others(task.total, other_nbytes)
+        check_others(self.budget, task.total, other_nbytes)
         if self.keeps == "nothing" or self.budget.amount == 0:
             self._hold([])
             return
@@ -208,15 +239,58 @@ class Memory:
             candidates = self._candidates(label, task.examples, boxes)
             order = self._order(candidates, label, embed, quota, generator)
             cost = self._cost(candidates).cpu()[order]
-            prefix = order[: _affordable(cost, quota)]
+            prefix = order[: affordable(cost, quota)]
             if len(order) and not len(prefix):
                 too_dear.append(float(cost[0]))
-            images = candidates.select(prefix.to(candidates.pixels.device)).to(self.device)
+            images = candidates.select(prefix.to(candidates.device)).to(self.device)
             kept.append((images, torch.full((len(images),), label, dtype=torch.int32)))
-        self._check_fit([images for images, _ in kept], task.total, other_nbytes)
+        check_fit([images for images, _ in kept], self.codec, self.budget, task.total, other_nbytes)
         self._hold(kept)
-        if too_dear:
-            self._warn(too_dear, quota, task.total, other_nbytes)
+        if too_dear and not self._warned:
+            self._warned = True
+            said = too_small(self.budget, too_dear, task.total, other_nbytes)
+            warnings.warn(said, stacklevel=2)
+
+    def replace(
+        self, index: Tensor, images: ImageStore, *, classes: int, other_nbytes: int = 0
+    ) -> None:
+        """Puts other images in the place of exemplars; labels and order stay.
+
+        They are encoded as exemplars are. Should a codec need more bytes for them than for those
+        before, each class keeps its longest prefix within the quota, as in `update`.
+
+        Args:
+            index: int64 [M], positions in `examples`, each once.
+            images: M raw images, each of its exemplar's height and width.
+            classes: Classes known.
+            other_nbytes: Bytes of everything else that counts towards a budget in bytes.
+
+        Raises:
+            FastcilError: Exemplars that the method chooses or that are all images there are;
+                positions out of range; images of other sizes; a codec that wants boxes, for those
+                kept don't belong to these images. Memory is then unchanged.
+        """
+        if self.keeps != "exemplars" or self.selection == OWN:
+            raise FastcilError(
+                f"memory keeps {self.keeps} by selection '{self.selection}'; only exemplars "
+                f"selected by {' or '.join(SELECTIONS)} can be replaced."
+            )
+        index = index.cpu()
+        if len(index.unique()) != len(index) or bool(((index < 0) | (index >= len(self))).any()):
+            raise FastcilError(f"index must hold positions below {len(self)}, each once.")
+        if not torch.equal(images.sizes.cpu(), self.examples().images.sizes.cpu()[index]):
+            raise FastcilError(
+                "images must be as many as index, each of the height and width of its exemplar."
+            )
+        encoded = self.codec.encode(images, None).to(self.device)
+        both = self.codec.store.cat([self._images, encoded])
+        place = torch.arange(len(self))
+        place[index] = torch.arange(len(self), len(both))
+        before, self._images = self._images, both.select(place.to(self.device))
+        kept, _ = self._reduced(self.budget.quota(classes, other_nbytes), set())
+        self._images = before
+        check_fit([images for images, _ in kept], self.codec, self.budget, classes, other_nbytes)
+        self._hold(kept)
 
     def _keep_chosen(
         self, task: Task, chosen: Tensor | None, boxes: Tensor | None, other_nbytes: int
@@ -235,52 +309,44 @@ class Memory:
         old = chosen >= new
         fresh, again = chosen[~old], chosen[old] - new
         encoded = self.codec.encode(
-            task.examples.images.select(fresh.to(task.examples.images.pixels.device)),
+            task.examples.images.select(fresh.to(task.examples.images.device)),
             None if boxes is None else boxes[fresh.to(boxes.device)],
         )
-        images = ImageStore.cat(
-            [encoded.to(self.device), self._images.select(again.to(self.device))]
-        )
+        held = self._images.select(again.to(self.device))
+        images = self.codec.store.cat([encoded.to(self.device), held])
         place = old.int().argsort(stable=True).argsort()  # where each pick stands in `images`
         left = self.budget.limit(task.total)
         if self.budget.unit == "bytes":
             left -= other_nbytes
-        kept = place[: _affordable(self._cost(images).cpu()[place], left)]
+        kept = place[: affordable(self._cost(images).cpu()[place], left)]
         labels = torch.cat([task.examples.labels.cpu(), self._labels.cpu().long()])[chosen]
         images = images.select(kept.to(self.device))
-        self._check_fit([images], task.total, other_nbytes)
-        self._images = images
-        self._labels = labels[: len(kept)].to(self.device, torch.int32)
+        check_fit([images], self.codec, self.budget, task.total, other_nbytes)
+        self._set(images, labels[: len(kept)].to(self.device, torch.int32))
 
     def _reduced(
         self, quota: float, without: set[int]
-    ) -> tuple[list[tuple[ImageStore, Tensor]], list[float]]:
+    ) -> tuple[list[tuple[Encoded, Tensor]], list[float]]:
         """Each class's longest prefix within the quota; what the first of those dropped cost."""
         cost = self._cost(self._images).cpu()
         labels = self._labels.cpu()
-        index, too_dear, start = [labels.new_empty(0, dtype=torch.int64)], [], 0
-        for label, count in enumerate(torch.bincount(labels).tolist()):
-            if count and label not in without:
-                length = _affordable(cost[start : start + count], quota)
-                index.append(torch.arange(start, start + length))
-                if length == 0:
-                    too_dear.append(float(cost[start]))
-            start += count
-        chosen = torch.cat(index)
+        chosen, too_dear = prefixes(labels, cost, quota, without)
         return [(self._images.select(chosen.to(self.device)), labels[chosen])], too_dear
 
-    def _candidates(self, label: int, examples: Examples, boxes: Tensor | None) -> ImageStore:
+    def _candidates(self, label: int, examples: Examples, boxes: Tensor | None) -> Encoded:
         """What may be kept of a class: its exemplars, then its new images, encoded."""
         chosen = (examples.labels == label).nonzero().flatten()
         images = examples.images.select(chosen)
         mine = None if boxes is None else boxes[chosen.to(boxes.device)]
-        encoded = self.codec.encode(images, mine)
+        encoded: Encoded = self.codec.encode(images, mine)
         held = self._images.select((self._labels == label).nonzero().flatten())
-        return ImageStore.cat([held.to(encoded.pixels.device), encoded]) if len(held) else encoded
+        if not len(held):
+            return encoded
+        return self.codec.store.cat([held.to(encoded.device), encoded])
 
     def _order(
         self,
-        candidates: ImageStore,
+        candidates: Encoded,
         label: int,
         embed: Embed,
         quota: float,
@@ -288,10 +354,7 @@ class Memory:
     ) -> Tensor:
         """As many picks as could fit, and one more, int64 on the CPU."""
         count = len(candidates)
-        limit = count
-        if count and not math.isinf(quota):
-            cheapest = float(self._cost(candidates).amin())
-            limit = min(count, int((quota + _SLACK) / cheapest) + 1)
+        limit = most_picks(self._cost(candidates), quota)
 
         def features() -> Tensor:
             images = self.codec.decode(candidates)
@@ -305,80 +368,31 @@ class Memory:
             return torch.empty(0, dtype=torch.int64)
         return SELECTIONS[self.selection](count, features, limit, generator).cpu()
 
-    def _cost(self, images: ImageStore) -> Tensor:
+    def _cost(self, images: Encoded) -> Tensor:
         """What each image costs in the budget's unit, float64 [N]."""
-        if self.budget.unit == "images":
-            return self.codec.units(images).double()
-        return self.codec.nbytes(images).double()
+        return costs(images, self.codec, self.budget)
 
-    def _hold(self, kept: list[tuple[ImageStore, Tensor]]) -> None:
+    def _set(self, images: Encoded, labels: Tensor) -> None:
+        """Replaces what is held, of which nothing is decoded then."""
+        self._images, self._labels = images, labels
+        self._decoded = None
+
+    def _hold(self, kept: list[tuple[Encoded, Tensor]]) -> None:
         """Replaces what is held by these images and their labels, grouped by class."""
         full = [part for part in kept if len(part[0])]
         if not full:
-            self._images = _no_images(self.device)
-            self._labels = self._labels[:0].clone()
+            self._set(self.codec.store.empty(self.device), self._labels[:0].clone())
             return
-        images = ImageStore.cat([images for images, _ in full])
+        images = self.codec.store.cat([images for images, _ in full])
         labels = torch.cat([labels for _, labels in full]).to(torch.int32)
         order = labels.argsort(stable=True)
         if not torch.equal(labels[order], labels):
             images, labels = images.select(order.to(self.device)), labels[order]
-        self._images, self._labels = images, labels.to(self.device)
+        self._set(images, labels.to(self.device))
 
     def _keep_all(self, examples: Examples) -> None:
         """Adds all new images as they are."""
         labels = examples.labels.cpu()
         order = labels.argsort(stable=True)
-        images = examples.images.select(order.to(examples.images.pixels.device))
+        images = examples.images.select(order.to(examples.images.device))
         self._hold([(self._images, self._labels.cpu()), (images.to(self.device), labels[order])])
-
-    def _check_others(self, classes: int, other_nbytes: int) -> None:
-        """Refuses a budget that cannot even hold what is not exemplars."""
-        if self.budget.unit == "bytes" and other_nbytes > self.budget.limit(classes):
-            least = self.budget.smallest(0, classes, other_nbytes)
-            raise FastcilError(
-                f"memory is '{self.budget}', but the method keeps {other_nbytes} bytes beside "
-                f"exemplars; pass at least '{least}'."
-            )
-
-    def _check_fit(self, kept: list[ImageStore], classes: int, other_nbytes: int) -> None:
-        """Holds the promise of the budget, whatever a codec says its exemplars cost."""
-        in_bytes = self.budget.unit == "bytes"
-        if in_bytes:
-            labels = 4 * sum(len(images) for images in kept)
-            total = float(sum(images.nbytes for images in kept) + labels + other_nbytes)
-        else:
-            total = sum(float(self._cost(images).sum()) for images in kept)
-        limit = self.budget.limit(classes)
-        if total > limit + (0 if in_bytes else _SLACK * max(1, classes)):
-            raise FastcilError(
-                f"internal error: memory would hold {total:.12g} {self.budget.unit}, more than "
-                f"its budget '{self.budget}'; codec '{self.codec.name}' counts less than it keeps."
-            )
-
-    def _warn(self, costs: list[float], quota: float, classes: int, other_nbytes: int) -> None:
-        """Says once that some classes have no exemplar, and what budget would hold one each."""
-        if self._warned:
-            return
-        self._warned = True
-        least = self.budget.smallest(max(costs), classes, other_nbytes)
-        warnings.warn(
-            f"memory is '{self.budget}', which leaves {quota:.0f} {self.budget.unit} for each of "
-            f"{classes} classes, too little for one exemplar of {len(costs)} of them; '{least}' "
-            f"would hold one of each.",
-            stacklevel=3,
-        )
-
-
-def _affordable(cost: Tensor, quota: float) -> int:
-    """Length of the longest prefix that costs no more than the quota; every cost is positive."""
-    return int((cost.cumsum(0) <= quota + _SLACK).sum())
-
-
-def _no_images(device: torch.device) -> ImageStore:
-    """A store of nothing."""
-    return ImageStore(
-        torch.empty(0, dtype=torch.uint8, device=device),
-        torch.empty(0, dtype=torch.int64, device=device),
-        torch.empty(0, 8, dtype=torch.int16, device=device),
-    )

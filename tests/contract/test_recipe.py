@@ -69,6 +69,7 @@ def test_optimizers_have_the_recipes_settings(name, kind) -> None:
         ({"weight_decay": -1e-4}, "weight_decay is -0.0001; it must be at least 0."),
         ({"momentum": float("nan")}, "momentum is nan; it must be at least 0."),
         ({"clip": -1.0}, "clip is -1.0; it must be at least 0."),
+        ({"clip_value": -1.0}, "clip_value is -1.0; it must be at least 0."),
         ({"lr": 0}, "lr is 0; it must be a positive number."),
         ({"lr": float("inf")}, "lr is inf; it must be a positive number."),
         ({"gamma": 0.0}, "gamma is 0.0; it must be a positive number."),

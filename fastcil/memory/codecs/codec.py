@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from fastcil.contract import lookup, nearest
@@ -16,18 +18,73 @@ from fastcil.errors import FastcilError
 _LABEL_NBYTES = 4
 
 
-class Codec(ABC):
+class Encoded(Protocol):
+    """What a codec encodes into: N images in some form, whose buffers are all that is kept.
+
+    `fastcil.data.ImageStore` is one, for pixels, and `ByteStore` another, for byte strings.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def image_nbytes(self) -> Tensor:
+        """Bytes that each image takes, int64 [N]; their sum is ``nbytes``."""
+        ...
+
+    def select(self, index: Tensor | Sequence[int]) -> Encoded:
+        """A compact copy of some images, with buffers of its own."""
+        ...
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """The same on another device."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The buffers, by name; ``labels`` is memory's own."""
+        ...
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Encoded:
+        """What had this state; raises a FastcilError for buffers that don't fit together."""
+        ...
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> Encoded:
+        """No image."""
+        ...
+
+    @staticmethod
+    def cat(stores: Sequence[Any]) -> Encoded:
+        """All images in one, in order."""
+        ...
+
+
+E = TypeVar("E", bound=Encoded)
+
+
+class Codec(ABC, Generic[E]):
     """Encodes images into what memory keeps and makes that readable again.
 
     A codec is one file and one test, and a line in `fastcil.contract.registry`; its settings are
-    keyword arguments of its constructor.
+    keyword arguments of its constructor. What it encodes into is its ``store``: an `ImageStore`
+    if the reader takes it as it is, else a `ByteStore` or a class of its own.
     """
 
     name: ClassVar[str]
     needs_boxes: ClassVar[bool] = False
+    store: ClassVar[type[Encoded]] = ImageStore
 
     @abstractmethod
-    def encode(self, images: ImageStore, boxes: Tensor | None) -> ImageStore:
+    def encode(self, images: ImageStore, boxes: Tensor | None) -> E:
         """What memory keeps of each image.
 
         Args:
@@ -35,27 +92,31 @@ class Codec(ABC):
             boxes: int16 [N, 4], (y0, x0, y1, x1) with exclusive ends, or None.
         """
 
-    def decode(self, encoded: ImageStore) -> ImageStore:
-        """The exemplars as `fastcil.data.read_images` takes them; the same when it reads them."""
-        return encoded
+    def decode(self, encoded: E) -> ImageStore:
+        """The exemplars as `fastcil.data.read_images` takes them; the same when it reads them.
+
+        Memory asks once, until what it holds changes, and counts what is made as working bytes.
+        """
+        return cast(ImageStore, encoded)
 
     @abstractmethod
-    def units(self, encoded: ImageStore) -> Tensor:
+    def units(self, encoded: E) -> Tensor:
         """What each exemplar costs in the papers' images, float64 [N]; a raw image costs 1."""
 
-    def nbytes(self, encoded: ImageStore) -> Tensor:
-        """What each exemplar costs in bytes, int64 [N].
+    def nbytes(self, encoded: E) -> Tensor:
+        """What each exemplar costs in bytes, int64 [N]: its part of the store, and 4 for its label.
 
-        That is its pixels and 28 bytes beside them: offset (8), geometry row (16), label (4).
+        In an `ImageStore` that is its pixels and 28 bytes beside them: offset (8), geometry row
+        (16), label (4); in a `ByteStore` its string and 12: length (4), size (4), label (4).
         """
         return encoded.image_nbytes() + _LABEL_NBYTES
 
 
-def make_codec(name: str, **options: Any) -> Codec:
+def make_codec(name: str, **options: Any) -> Codec[Any]:
     """A codec by its registered name.
 
     Args:
-        name: ``raw``, ``bbox``, or one registered by the user.
+        name: ``raw``, ``bbox``, ``jpeg``, or one registered by the user.
         **options: The codec's own settings.
 
     Raises:
@@ -72,5 +133,5 @@ def make_codec(name: str, **options: Any) -> Codec:
         if option not in known:
             advice = nearest(option, known) if known else "it has none."
             raise FastcilError(f"option '{option}' of codec '{name}' is unknown; {advice}")
-    codec: Codec = cls(**options)
+    codec: Codec[Any] = cls(**options)
     return codec

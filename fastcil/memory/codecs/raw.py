@@ -9,7 +9,7 @@ from fastcil.data import ImageStore
 from fastcil.memory.codecs.codec import Codec
 
 
-class RawCodec(Codec):
+class RawCodec(Codec[ImageStore]):
     """Every pixel is kept.
 
     Example:

@@ -84,3 +84,37 @@ def test_boxes_are_needed():
     _, store, _ = store_and_boxes(CASES)
     with pytest.raises(FastcilError, match="boxes is None, but the codec 'bbox'"):
         make_codec("bbox").encode(store, None)
+
+
+@pytest.mark.parametrize(("ratio", "foreground"), [(4.0, 2.0), (4.0, 4.0), (9.0, 2.5), (16.0, 4.0)])
+def test_a_box_downsampled_too_is_a_smaller_image_packed(ratio, foreground):
+    cases = [*CASES, (240, 320, (40, 60, 200, 250)), (97, 131, (20, 0, 97, 131))]
+    images, store, boxes = store_and_boxes(cases)
+    codec = make_codec("bbox", ratio=ratio, foreground_ratio=foreground)
+    kept = codec.encode(store, boxes)
+    units, nbytes, seen = codec.units(kept), codec.nbytes(kept), codec.decode(kept)
+    for i, (h, w, (y0, x0, y1, x1)) in enumerate(cases):
+        sh, sw = (max(1, math.floor(side / math.sqrt(foreground))) for side in (h, w))
+        assert kept.sizes[i].tolist() == [sh, sw]
+        small = images[i][np.arange(sh) * h // sh][:, np.arange(sw) * w // sw]
+        box = (0, 0, 0, 0)
+        if y1 > y0 and x1 > x0:
+            box = (y0 * sh // h, x0 * sw // w, -(-y1 * sh // h), -(-x1 * sw // w))
+        assert tuple(kept.boxes[i].tolist()) == box
+        # Every pixel kept of the box is a pixel of it, or of the row or column next to it.
+        expected, stored = remembered(small, box, ratio / foreground)
+        assert np.array_equal(seen.image(i).numpy(), expected)
+        assert int(nbytes[i]) == 3 * stored + 28
+        share = (box[2] - box[0]) * (box[3] - box[1]) / (sh * sw)
+        rate = share / foreground + (1 - share) / ratio
+        assert float(units[i]) == pytest.approx(rate)
+        if min(h, w) > 90:
+            own = (y1 - y0) * (x1 - x0) / (h * w)
+            printed = own / foreground + (1 - own) / ratio
+            assert 3 * stored / (3 * h * w) == pytest.approx(printed, rel=0.03)
+
+
+@pytest.mark.parametrize("foreground", [0.5, 5.0, "2", float("nan"), True])
+def test_foreground_ratios_that_are_none_are_named(foreground):
+    with pytest.raises(FastcilError, match="foreground_ratio is"):
+        make_codec("bbox", ratio=4.0, foreground_ratio=foreground)
