@@ -28,10 +28,10 @@ def exemplar_gallery(
 ) -> Record:
     """Pairs of pictures: an image with its box drawn, and the exemplar that was made of it.
 
-    The original of an exemplar is, among the task's images of its class and size, the one whose
-    pixels differ least from what is remembered, whatever the codec; images of more than 2730
-    pixels are compared at 8192 evenly spaced values. Pictures are scaled to a height of 128
-    pixels (or a width of 192, if that is less).
+    The original of an exemplar is, among the task's images of its class and size (or, if the codec
+    shrank it, of its size at least), the one whose pixels differ least from what is remembered,
+    whatever the codec; images of more than 2730 pixels are compared at 8192 evenly spaced values.
+    Pictures are scaled to a height of 128 pixels (or a width of 192, if that is less).
 
     Args:
         task: The task that was just learned.
@@ -59,7 +59,7 @@ def exemplar_gallery(
     held = memory.examples()
     chosen = _choose(held.labels.cpu(), task.new_classes, per_task)
     remembered = held.select(chosen).to("cpu")
-    kept = memory.codec.nbytes(ImageStore.from_state(memory.state()).select(chosen)).tolist()
+    kept = memory.exemplar_nbytes().cpu()[chosen].tolist()
     payload: dict[str, list[Any]] = {"images": [], "captions": [], "shares": []}
     for place, label in enumerate(remembered.labels.tolist()):
         exemplar = remembered.images.image(place)
@@ -87,24 +87,34 @@ def _choose(labels: Tensor, classes: tuple[int, ...], count: int) -> Tensor:
 
 
 def _original(examples: Examples, label: int, exemplar: Tensor) -> ImageStore | None:
-    """The image of a class that an exemplar shows, in a store of one; None if none is so large."""
+    """The image of a class that an exemplar shows, in a store of one; None if none is so large.
+
+    An exemplar that is smaller than all of them was shrunk to the nearest pixel.
+    """
     images = examples.images
-    size = torch.tensor(exemplar.shape[:2], device=images.geometry.device)
-    alike = (examples.labels == label) & (images.sizes == size).all(1).to(examples.labels.device)
-    candidates = alike.nonzero().flatten().to(images.offsets.device)
+    sizes, size = images.sizes, torch.tensor(exemplar.shape[:2]).to(images.device)
+    mine = (examples.labels == label).to(images.device)
+    alike = mine & (sizes == size).all(1)
+    larger = mine & (sizes >= size).all(1)
+    candidates = (alike if bool(alike.any()) else larger).nonzero().flatten()
     if not len(candidates):
         return None
     flat = exemplar.reshape(-1)
     count = min(len(flat), _COMPARED)
     places = torch.linspace(0, len(flat) - 1, count, dtype=torch.float64).long()
-    nearby = images.pixels[images.offsets[candidates, None] + places.to(images.pixels.device)]
+    pixel, channel = places.to(images.device).div(3, rounding_mode="floor"), places % 3
+    row, column = pixel.div(size[1], rounding_mode="floor"), pixel % size[1]
+    height, width = sizes[candidates, None].unbind(2)  # [candidates, 1]
+    begin = (row * height // size[0]) * width + column * width // size[1]
+    begin = images.offsets[candidates, None] + 3 * begin
+    nearby = images.pixels[begin + channel.to(images.device)]
     differences = (nearby.cpu().int() - flat[places].int()).abs().sum(1)  # [candidates]
     return images.select(candidates[int(differences.argmin())].reshape(1)).to("cpu")
 
 
 def _pair(original: Picture, exemplar: Picture, box: Tensor) -> Picture:
     """Original with its box, a white gap, and the exemplar."""
-    left = _draw_box(_scale(original), box.tolist(), original.shape)
+    left = _draw_box(_scale(original), box.tolist(), exemplar.shape)
     gap = np.full((len(left), _GAP, 3), 255, dtype=np.uint8)
     return np.concatenate([left, gap, _scale(exemplar)], axis=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,17 @@ from fastcil.contract import Method, Task, evaluating
 from fastcil.data import Examples, ImageStore, load_examples
 from fastcil.engine.events import Listener
 from fastcil.engine.export import export_method
+from fastcil.engine.lesson import Lesson
 from fastcil.engine.options import Settings, make_settings
 from fastcil.engine.parts import Parts
 from fastcil.engine.progress import make_progress
 from fastcil.engine.resolve import as_images, check_crop, natural_look, pick_device
-from fastcil.engine.seeds import mix
-from fastcil.engine.state import (
-    load_state,
-    random_state,
-    save_state,
-    set_random_state,
-)
+from fastcil.engine.state import load_state, save_state
 from fastcil.engine.trainer import Trainer
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget, Memory
 
 FORMAT = 1
-_INIT, _DATA, _SELECT = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -150,6 +144,7 @@ class Learner:
         try:
             self.learn_task(task, found, tell)
             self.method.release()
+            self.memory.release()
         except BaseException:
             self._go_back(task.index, before)
             raise
@@ -203,67 +198,25 @@ class Learner:
             resume: A trainer's state to go on from, this learner having been restored to the
                 same moment; None to begin.
         """
-        engine = self.settings.engine
-        if engine.threads is not None:
-            torch.set_num_threads(engine.threads)
-        init = self.seed if engine.init_seed is None else engine.init_seed
-        data = self.seed if engine.data_seed is None else engine.data_seed
-        parts = self.parts
-        if resume is None:
-            task = parts.with_room(task)
-            # Weight draws depend on the task alone, not on what this process did before.
-            torch.manual_seed(mix(_INIT, init, task.index))
-            for part in parts.learners:
-                part.begin_task(task)
-        parts.to_device()
-        trainer = Trainer(
-            parts.method,
-            parts.augmentation,
-            parts.device,
-            (_DATA, data, task.index),
-            tell,
-            precision=engine.precision,
-            compiled=engine.compile,
-            save=save,
-        )
-        stages = parts.method.stages(task)
-        for addon in parts.addons:
-            stages = addon.stages(task, stages)
-        if resume is not None:
-            set_random_state(resume["random"])
-        # The same bits again on CUDA too; left to itself cuDNN chooses by how long things took.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            trainer.run(stages, resume["trainer"] if resume else None)
-        if task.first and self.settings.groups["network"].norms == "first":
-            parts.method.network.freeze_norms()
-        tell("remember", {"task": task.index})
-        self._remember(task, (_SELECT, data, task.index))
-        done = replace(task, exemplars=self.memory.examples())
-        for part in parts.learners:
-            part.end_task(done)
+        threads = self.settings.engine.threads
+        if threads is not None:
+            torch.set_num_threads(threads)
+        Lesson(self.parts, self.settings, self.seed, tell, save).run(task, resume)
         self.class_names += tuple(names)
         self.tasks.append(len(names))
 
-    def _remember(self, task: Task, key: tuple[int, ...]) -> None:
-        """Chooses exemplars by the method's features, in the form they will be kept."""
-        boxes = None
-        with evaluating(self.method):
-            for addon in self.parts.addons:
-                boxes = addon.boxes(task.examples) if boxes is None else boxes
-            self.memory.update(
-                task,
-                lambda examples: self.parts.context.scan(self.method.embed, examples),
-                boxes=boxes,
-                other_nbytes=self.parts.other_nbytes(),
-                seed=mix(*key),
-                chosen=self.method.chosen() if self.method.selection == "own" else None,
-            )
-
     def nbytes(self) -> dict[str, int]:
-        """Bytes held for old tasks, by entry; those the budget counts are under ``budgeted``."""
+        """Bytes held for old tasks, by entry; those the budget counts are under ``budgeted``.
+
+        Where a codec's exemplars are decoded to be read, ``working_bytes`` is what that takes. It
+        is no part of what is held: it can be made anew at any time.
+        """
         entries = [self.memory.retained(), *self.parts.others()]
         held = {entry.name: entry.nbytes for entry in entries}
         budgeted = sum(e.nbytes for e in entries if self.budget.counts(e.kind))
+        working = self.memory.working_nbytes
+        if working:
+            held["working_bytes"] = working
         return {**held, "budgeted": budgeted, "all": sum(e.nbytes for e in entries)}
 
     def predict(self, images: Any) -> Prediction:
@@ -371,11 +324,7 @@ class Learner:
 
     def checkpoint(self, trainer: Trainer) -> dict[str, Any]:
         """What resuming in the middle of a task needs, the learner's own state included."""
-        return {
-            "learner": self.state(),
-            "trainer": trainer.state(),
-            "random": random_state(),
-        }
+        return {"learner": self.state(), **Lesson.progress(trainer)}
 
     def prepare(self, images: ImageStore) -> None:
         """Makes method, addons and memory for images of this kind, the first time it is asked.

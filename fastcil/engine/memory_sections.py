@@ -15,6 +15,7 @@ from fastcil.errors import FastcilError
 from fastcil.memory import Budget
 
 _SUMS = ("budgeted", "all")
+_WORKING = {"working_bytes": "working_bytes: exemplars decoded for training, not kept"}
 _HELD = "Left: the seed that holds most. Right: mean over seeds."
 _READING = f"{_HELD} Methods that hold the same lie on one line."
 
@@ -51,7 +52,7 @@ def _entries(comparison: Comparison, method: str) -> list[list[Any]]:
     counted, everything = (f"{last.nbytes[name]:,}" for name in _SUMS)
     head = [method_name(comparison, method), "", counted, limit, _most_used(result, unit)]
     entries = [
-        [tag("span", name, class_="sub"), f"{count:,}", "", "", "", ""]
+        [tag("span", _WORKING.get(name, name), class_="sub"), f"{count:,}", "", "", "", ""]
         for name, count in last.nbytes.items()
         if name not in _SUMS
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcil.contract import Addon, Method, Retained, Task, lookup
 from fastcil.data import Augmentation
@@ -17,6 +17,7 @@ from fastcil.engine.resolve import make_augmentation, make_backbone_builder, set
 from fastcil.engine.weights import starting_from
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import Budget, Codec, Memory, likely_room, make_codec
+from fastcil.memory.limits import affordable
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Parts:
         augmentation: How images are cut and changed.
         context: What the engine lends to method and addons.
         device: Where networks live.
+        offered: Boxes by which the last task's images were offered to memory, or None.
     """
 
     method: Method
@@ -38,6 +40,7 @@ class Parts:
     augmentation: Augmentation
     context: EngineContext
     device: torch.device
+    offered: Tensor | None = None
 
     @classmethod
     def build(
@@ -88,9 +91,11 @@ class Parts:
         addons: list[Addon] = [
             lookup("addon", name)(settings.config(name), context, method) for name in addon_names
         ]
+        codec = _make_codec(settings, addons)
+        _check_refining(settings, addons, codec)
         memory = Memory(
             budget,
-            codec=_make_codec(settings, addons),
+            codec=codec,
             selection=method.selection,
             keeps=method.keeps,
         )
@@ -140,6 +145,25 @@ class Parts:
         room = likely_room(self.memory, task, self.method.beside(task.total), others)
         return replace(task, room=room)
 
+    def prepare_memory(self, task: Task) -> None:
+        """Lets addons look at what is about to be kept, and asks anew how their codec is set."""
+        budget = self.memory.budget
+        quota = budget.quota(task.total, self.other_nbytes())
+
+        def fitting(units: Tensor, nbytes: Tensor) -> int:
+            cost = units if budget.unit == "images" else nbytes
+            return affordable(cost.double(), quota)
+
+        for addon in self.addons:
+            addon.prepare_memory(task, fitting)
+        self._set_codec()
+
+    def _set_codec(self) -> None:
+        """Gives memory the codec of the addon that brings one, with its settings of now."""
+        for addon in self.addons:
+            if addon.brings_codec is not None:
+                self.memory.use(make_codec(addon.brings_codec, **addon.codec_options()))
+
     def to_device(self) -> None:
         """Moves networks to the device; memory stays where the reader wants it."""
         for part in self.learners:
@@ -169,11 +193,12 @@ class Parts:
         for part, saved in zip(self.learners, state["learners"], strict=True):
             part.restore(saved["structure"])
             part.load_tensors(saved["tensors"])
+        self._set_codec()
         self.memory.restore(state["memory"])
         self.to_device()
 
 
-def _make_codec(settings: Settings, addons: list[Addon]) -> Codec:
+def _make_codec(settings: Settings, addons: list[Addon]) -> Codec[Any]:
     """The addon's codec, the one asked for, or raw."""
     bringing = [
         name
@@ -189,3 +214,23 @@ def _make_codec(settings: Settings, addons: list[Addon]) -> Codec:
         if addon.brings_codec is not None:
             return make_codec(addon.brings_codec, **addon.codec_options())
     return make_codec(settings.codec or "raw")
+
+
+def _check_refining(settings: Settings, addons: list[Addon], codec: Codec[Any]) -> None:
+    """Refuses two addons that change exemplars, or one whose images can't be encoded again."""
+    refining = [
+        name
+        for name, addon in zip(settings.parts[1], addons, strict=True)
+        if type(addon).refinements is not Addon.refinements
+    ]
+    if len(refining) > 1:
+        raise CompositionError(
+            f"method '{settings.method}' has {' and '.join(map(repr, refining))}, and each changes "
+            f"the exemplars its own way; compose with one of them."
+        )
+    if refining and codec.needs_boxes:
+        raise CompositionError(
+            f"addon '{refining[0]}' changes the pixels of exemplars, and codec '{codec.name}' "
+            f"keeps only some of them outside a box, so that what was learned would be lost; "
+            f"compose it without 'cam' and 'cim', and leave codec 'raw'."
+        )

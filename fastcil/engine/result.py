@@ -28,7 +28,8 @@ class TaskOutcome:
         classes: New classes that the task brought; 0 if all were known.
         correct: readout -> {"top1", "top5", "count"} -> one number per known class.
         exemplars: Exemplars kept of each known class.
-        nbytes: Entry -> bytes held, with the sums "budgeted" and "all".
+        nbytes: Entry -> bytes held, with the sums "budgeted" and "all"; and "working_bytes", where
+            exemplars are decoded to be read, which neither sum counts.
         limit: What the budget allows, in its unit; None for no limit.
         units: Exemplars held in the papers' image units.
         seconds: Wall time of the task, training to evaluation.

@@ -86,9 +86,13 @@ class _Lane:
         # Backward takes its precision from the forward pass, not from autocast.
         with torch.autocast(loss.device.type, enabled=False):
             self.scaler.scale(loss).backward()
-            if self.stage.recipe.clip:
+            recipe = self.stage.recipe
+            if recipe.clip or recipe.clip_value:
                 self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.parameters, self.stage.recipe.clip)
+            if recipe.clip_value:
+                nn.utils.clip_grad_value_(self.parameters, recipe.clip_value)
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
 

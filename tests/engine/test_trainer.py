@@ -332,6 +332,27 @@ def test_clipping_bounds_the_step() -> None:
     assert 0 < float(moved.detach()) <= steps * lr * clip * 1.001
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("clip, clip_value", [(0.0, 1e-3), (1.5e-3, 1e-3), (0.0, 1e3)])
+def test_clipping_bounds_every_entry_and_then_the_norm(clip, clip_value, precision) -> None:
+    """One step from gradients known: cut entry by entry, and only then by their norm."""
+    recipe = Recipe(1, 0.1, momentum=0.0, weight_decay=0.0, clip=clip, clip_value=clip_value)
+    method = start(Settings(fit=recipe))
+    (fit, _) = method.stages(TASK)
+    fit.companions, fit.streams = [], (replace(fit.streams[0], batch_size=10),)
+    head = method.network.head
+    fit.objective = lambda _: {"sum": 3.0 * head.weight[0, :2].sum() - 5e-4 * head.bias.sum()}
+    before = [p.detach().clone() for p in head.parameters()]
+    make_trainer(method, precision=precision).run([fit])
+    gradients = [torch.zeros_like(p) for p in before]
+    gradients[0][0, :2], gradients[1][:] = min(3.0, clip_value), -5e-4
+    norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+    factor = min(1.0, clip / norm) if clip else 1.0
+    assert factor < 1 or not clip
+    for old, gradient, new in zip(before, gradients, head.parameters(), strict=True):
+        torch.testing.assert_close(new, old - 0.1 * factor * gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_a_stage_that_trains_nothing_is_a_sentence() -> None:
     method = start()
     (fit, _) = method.stages(TASK)

@@ -1,0 +1,146 @@
+"""One task learned: its stages, what memory keeps of it, and what is made of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastcil.contract import Stage, Task, evaluating
+from fastcil.engine.events import Listener
+from fastcil.engine.options import Settings
+from fastcil.engine.parts import Parts
+from fastcil.engine.seeds import mix
+from fastcil.engine.state import random_state, set_random_state
+from fastcil.engine.trainer import Trainer
+
+_INIT, _DATA, _SELECT, _REFINE = 0, 1, 2, 3
+
+
+@dataclass
+class Lesson:
+    """Teaches one task; evaluation and `Method.release` are left.
+
+    Args:
+        parts: What learns.
+        settings: Precision, compilation and seeds.
+        seed: Of what ``engine.init_seed`` and ``engine.data_seed`` leave open.
+        tell: Hears the trainer's events.
+        save: Called between steps; see `Trainer`.
+    """
+
+    parts: Parts
+    settings: Settings
+    seed: int
+    tell: Listener
+    save: Callable[[Trainer], None] | None = None
+
+    def run(self, task: Task, resume: dict[str, Any] | None = None) -> None:
+        """Trains on the task, updates memory, refines what it holds.
+
+        Args:
+            task: The new data; its exemplars are what memory holds.
+            resume: What `progress` gave, the parts having been restored to the same moment.
+        """
+        if resume is None:
+            task = self._begin(task)
+        self.parts.to_device()
+        if resume is None or not resume.get("remembered", False):
+            self._learn(task, resume)
+            resume = None
+        self._refine(replace(task, exemplars=self.parts.memory.examples()), resume)
+        done = replace(task, exemplars=self.parts.memory.examples())
+        for part in self.parts.learners:
+            part.end_task(done)
+
+    @staticmethod
+    def progress(trainer: Trainer) -> dict[str, Any]:
+        """How far a lesson has come, in the middle of one of its stages.
+
+        Args:
+            trainer: The one that ``save`` is called with.
+        """
+        return {
+            "trainer": trainer.state(),
+            "random": random_state(),
+            "remembered": trainer.key[0] == _REFINE,
+        }
+
+    def _begin(self, task: Task) -> Task:
+        """Makes room for the task's classes."""
+        task = self.parts.with_room(task)
+        chosen = self.settings.engine.init_seed
+        # Weight draws depend on the task alone, not on what this process did before.
+        torch.manual_seed(mix(_INIT, self.seed if chosen is None else chosen, task.index))
+        for part in self.parts.learners:
+            part.begin_task(task)
+        return task
+
+    def _key(self, purpose: int, task: Task) -> tuple[int, ...]:
+        """Numbers that set these draws apart."""
+        chosen = self.settings.engine.data_seed
+        return (purpose, self.seed if chosen is None else chosen, task.index)
+
+    def _learn(self, task: Task, resume: dict[str, Any] | None) -> None:
+        """The method's stages, as the addons changed them, and memory's update."""
+        stages = self.parts.method.stages(task)
+        for addon in self.parts.addons:
+            stages = addon.stages(task, stages)
+        self._train(stages, self._key(_DATA, task), resume)
+        if task.first and self.settings.groups["network"].norms == "first":
+            self.parts.method.network.freeze_norms()
+        self.tell("remember", {"task": task.index})
+        self._remember(task)
+
+    def _refine(self, task: Task, resume: dict[str, Any] | None) -> None:
+        """The addons' stages on the exemplars that memory holds now, and what came of them."""
+        stages = [stage for addon in self.parts.addons for stage in addon.refinements(task)]
+        if not stages:
+            return
+        self._train(stages, self._key(_REFINE, task), resume)
+        for addon in self.parts.addons:
+            changed = addon.refined(task)
+            if changed is not None:
+                self.parts.memory.replace(
+                    *changed, classes=task.total, other_nbytes=self.parts.other_nbytes()
+                )
+
+    def _train(
+        self, stages: Sequence[Stage], key: tuple[int, ...], resume: dict[str, Any] | None
+    ) -> None:
+        """Runs stages, from where they were stopped."""
+        engine = self.settings.engine
+        trainer = Trainer(
+            self.parts.method,
+            self.parts.augmentation,
+            self.parts.device,
+            key,
+            self.tell,
+            precision=engine.precision,
+            compiled=engine.compile,
+            save=self.save,
+        )
+        if resume is not None:
+            set_random_state(resume["random"])
+        # The same bits again on CUDA too; left to itself cuDNN chooses by how long things took.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            trainer.run(stages, resume["trainer"] if resume else None)
+
+    def _remember(self, task: Task) -> None:
+        """Chooses exemplars by the method's features, in the form they will be kept."""
+        parts, boxes = self.parts, None
+        with evaluating(parts.method):
+            parts.prepare_memory(task)
+            for addon in parts.addons:
+                boxes = addon.boxes(task.examples) if boxes is None else boxes
+            parts.offered = boxes
+            parts.memory.update(
+                task,
+                lambda examples: parts.context.scan(parts.method.embed, examples),
+                boxes=boxes,
+                other_nbytes=parts.other_nbytes(),
+                seed=mix(*self._key(_SELECT, task)),
+                chosen=parts.method.chosen() if parts.method.selection == "own" else None,
+            )
