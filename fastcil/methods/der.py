@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcil.contract import (
@@ -17,15 +19,19 @@ from fastcil.contract import (
     Recipe,
     Retained,
     Stage,
+    Stepper,
     Stream,
     Task,
+    check_choices,
     check_not_negative,
     check_positive,
 )
 from fastcil.errors import FastcilError
 from fastcil.memory.balance import balanced_subset
 from fastcil.nn import LinearHead, Network
+from fastcil.nn.channel_masks import MaskedResNet
 from fastcil.nn.lifecycle import channels, linear_head, new_head, start_network, successor
+from fastcil.nn.pruning import PrunedResNet, prune
 
 _CIFAR = Recipe(epochs=170, lr=0.1, schedule="step", milestones=(100, 120), warmup=10)
 _IMAGENET = Recipe(
@@ -40,7 +46,7 @@ _CLASSIFIER = Recipe(epochs=30, lr=0.1, schedule="step", milestones=(15,))
 
 
 class DER(Method):
-    """Dynamically expandable representation (Yan et al. 2021), without channel masks.
+    """Dynamically expandable representation (Yan et al. 2021).
 
     Task t adds an extractor F_t, a copy of F_{t-1} that goes on training, while all older ones are
     frozen, batch-norm statistics included. The features are u = [F_1(x), ..., F_t(x)] (Eq. 1).
@@ -51,14 +57,29 @@ class DER(Method):
         y_a = 0 for every old class and y - known + 1 for a new one;
 
     the auxiliary term from the second task on. The heads have no bias, are fresh in each task,
-    and are drawn anew when the warm-up ends. (The paper copies the old block of H; the released
-    code, which the published figures come from, does not, and the reset would undo it.)
+    and are drawn anew when the warm-up ends, as in the released code, which the published figures
+    come from. With ``head="copied"`` the old block of H is kept instead, as the paper has it, and
+    nothing is drawn anew before the second stage.
+
+    With ``masks`` (Sec. 3.3) F_t learns which of its channels it needs (`MaskedResNet`): within
+    every epoch of B steps the masks' scale goes from soft to sharp,
+
+        s = 1 / s_max + (s_max - 1 / s_max) (b - 1) / (B - 1)        at step b (Eq. 7),
+
+    the loss has lambda_s times the share of weights in use beside it (Eqs. 9, 10), and when the
+    stage is done the channels that are off are removed for good (`fastcil.nn.pruning.prune`):
+    what is kept of F_t is really smaller. F_{t+1} starts from what is left of F_t, its other
+    channels fresh. That takes a ResNet of fastcil's. No code of the authors' has it: all they
+    released is "w/o P", the default here.
 
     Stage ``classifier``, from the second task on: H is drawn anew and trained alone, the network
     in evaluation mode, on a class-balanced subset, by CE(H u / T, y). The subset holds of each
     class as many images as the smallest one has, drawn with a generator seeded by the task.
 
     The extractors beyond the first are `Retained` networks.
+
+    Attributes:
+        position: With ``masks``, steps of the current epoch done.  # []
 
     Example:
         >>> DER.Config().temperature, DER.PRESETS["imagenet"].temperature
@@ -80,16 +101,28 @@ class DER(Method):
             aux_weight: lambda_a (Yan et al. 2021, Eq. 4).
             temperature: T by which the second stage divides the logits: 5 for CIFAR-100, 1 for
                 ImageNet-100.
+            head: ``fresh`` (released code) or ``copied`` (paper).
+            masks: Whether each extractor is masked and pruned (paper) or stays whole.
+            sparsity: lambda_s. The authors tuned it for every setting and name no value; this is
+                that of HAT (Serra et al. 2018), where the masks come from.
+            largest_scale: s_max, likewise.
         """
 
         representation: Recipe = _CIFAR
         classifier: Recipe = _CLASSIFIER
         aux_weight: float = 1.0
         temperature: float = 5.0
+        head: Literal["fresh", "copied"] = "fresh"
+        masks: bool = False
+        sparsity: float = 0.75
+        largest_scale: float = 400.0
 
         def __post_init__(self) -> None:
+            check_choices(self)
             check_positive("temperature", self.temperature)
+            check_positive("largest_scale", self.largest_scale)
             check_not_negative("aux_weight", self.aux_weight)
+            check_not_negative("sparsity", self.sparsity)
             if self.classifier.epochs < 1:
                 raise FastcilError(
                     f"classifier.epochs is {self.classifier.epochs}; it must be at least 1, since "
@@ -106,38 +139,63 @@ class DER(Method):
 
     config: Config
     adds_extractors = True
+    position: Tensor  # []
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.aux_head: LinearHead | None = None
+        if config.masks:
+            self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     def begin_task(self, task: Task) -> None:
-        """Adds an extractor, freezes the others, and draws fresh heads."""
+        """Adds an extractor, freezes the others, and makes heads."""
         if task.first:
-            self.network = start_network(self.context.make_backbone(), task.total, bias=False)
+            backbone = self._masked(self.context.make_backbone())
+            self.network = start_network(backbone, task.total, bias=False)
             return
         old = list(self.network.extractors)
-        new = successor(old[-1])
-        head = new_head(new, sum(map(channels, [*old, new])), task.total, bias=False)
+        new = self._grown(old[-1])
+        features = sum(map(channels, [*old, new]))
+        if self.config.head == "copied":
+            head = linear_head(self.network)
+            head.grow(task.total, features)
+        else:
+            head = new_head(new, features, task.total, bias=False)
         self.network = Network([*old, new], head)
         self.network.freeze(*range(len(old)))
         self.aux_head = new_head(new, channels(new), len(task.new_classes) + 1, bias=False)
+
+    def _masked(self, backbone: nn.Module) -> nn.Module:
+        """A backbone with masks, if there are to be any."""
+        if not self.config.masks:
+            return backbone
+        return MaskedResNet(backbone, self.config.largest_scale)
+
+    def _grown(self, last: nn.Module) -> nn.Module:
+        """The new extractor, which starts as the last one; what that lost is fresh."""
+        if not isinstance(last, PrunedResNet):
+            return successor(last)
+        return self._masked(last.unpruned(self.context.make_backbone()))
 
     def stages(self, task: Task) -> list[Stage]:
         """``representation`` and, from the second task on, ``classifier``."""
         everything = (task.examples, task.exemplars)
         recipe = self.config.representation
-        stages = [
-            Stage(
+        stream = Stream(everything, recipe.batch_size)
+        masks = self.config.masks
+        stages: list[Stage] = [
+            _AnnealedStage(
                 name="representation",
                 method=self,
                 objective=partial(self._representation, task.known),
-                streams=(Stream(everything, recipe.batch_size),),
+                streams=(stream,),
                 recipe=recipe,
                 parameters=self._trained,
                 primary=True,
                 logits=self.logits,
-                before_epoch=[self._end_warmup],
+                finish=self._prune if masks else None,
+                before_epoch=[self._start_epoch],
+                before_step=partial(self._anneal, _steps(stream)) if masks else None,
             )
         ]
         if task.first:
@@ -174,6 +232,9 @@ class DER(Method):
             losses["auxiliary"] = self.config.aux_weight * F.cross_entropy(
                 self.aux_head(newest), labels
             )
+        newest_extractor = self.network.extractors[-1]
+        if isinstance(newest_extractor, MaskedResNet):
+            losses["sparsity"] = self.config.sparsity * newest_extractor.used()
         return losses
 
     def _classifier(self, batch: Batch) -> Losses:
@@ -181,12 +242,35 @@ class DER(Method):
         logits = self.network(batch.images) / self.config.temperature
         return {"classification": F.cross_entropy(logits, batch.labels)}
 
-    def _end_warmup(self, epoch: int) -> None:
-        """Draws the heads anew in the first epoch after the warm-up."""
-        if epoch and epoch == self.config.representation.warmup:
+    def _start_epoch(self, epoch: int) -> None:
+        """Draws the heads anew in the first epoch after the warm-up; softens the masks."""
+        if self.config.masks:
+            self.position.zero_()
+        if self.config.head == "fresh" and epoch and epoch == self.config.representation.warmup:
             redraw(linear_head(self.network))
             if self.aux_head is not None:
                 redraw(self.aux_head)
+
+    def _anneal(self, steps: int) -> None:
+        """Sets the masks' scale for the next of an epoch's steps (Eq. 7)."""
+        newest = self.network.extractors[-1]
+        assert isinstance(newest, MaskedResNet)
+        softest, sharpest = 1 / self.config.largest_scale, self.config.largest_scale
+        # An epoch of a single step ends, and begins, with sharp masks.
+        done = (self.position / (steps - 1)).clamp(max=1.0) if steps > 1 else 1.0
+        newest.set_scale(softest + (sharpest - softest) * torch.as_tensor(done))
+        self.position += 1
+
+    def _prune(self) -> None:
+        """Removes the channels that are off, and the head's columns that read them."""
+        newest, head = self.network.extractors[-1], linear_head(self.network)
+        assert isinstance(newest, MaskedResNet)
+        pruned = prune(newest)
+        older = torch.arange(head.in_features - newest.out_channels, device=head.weight.device)
+        columns = torch.cat([older, len(older) + pruned.kept[-1]])
+        head.weight = nn.Parameter(head.weight.detach()[:, columns].contiguous())
+        self.network.extractors[-1] = pruned
+        self.aux_head = None
 
     def _begin_classifier(self) -> None:
         """Freezes every extractor and draws the head anew."""
@@ -207,3 +291,22 @@ def redraw(head: LinearHead) -> None:
     """Gives a head fresh weights, in place: optimisers keep hold of its parameters."""
     fresh = LinearHead(head.in_features, head.classes, bias=head.bias is not None)
     head.load_state_dict(fresh.state_dict())
+
+
+@dataclass
+class _AnnealedStage(Stage):
+    """A stage that sets something before each step."""
+
+    before_step: Callable[[], None] | None = None
+
+    def step(self, batches: Sequence[Batch], stepper: Stepper) -> Losses:
+        """What comes first, and one training step."""
+        if self.before_step is not None:
+            self.before_step()
+        return super().step(batches, stepper)
+
+
+def _steps(stream: Stream) -> int:
+    """Steps of an epoch, in which a last image alone is left out."""
+    full, rest = divmod(len(stream), stream.batch_size)
+    return max(1, full + (rest > 1))

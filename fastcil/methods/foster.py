@@ -77,15 +77,18 @@ class Foster(Method):
     class Config:
         """Settings of FOSTER; the default is the released ImageNet-100 one with batches of 128.
 
-        ``Foster.PRESETS`` holds the released ``cifar-b0``, ``cifar-b50`` and ``imagenet``.
+        ``Foster.PRESETS`` holds the released ``cifar-b0``, ``cifar-b50`` and ``imagenet``, and
+        ``food101``, the baseline of Luo et al. (2023, CIM) there. (Their author's answer to a
+        reader who could not repeat its figure is a beta1 of 0.99.)
 
         Args:
             first: Recipe of the first task.
             boosting: Recipe of the boosting stage.
             compression: Recipe of the compression stage, without weight decay.
             beta1: beta of the alignment weights in the second task.
-            beta1_step: What is added to it in each task after that; -0.005 for CIFAR-100 B0 with
-                ten tasks, where it falls from 0.98 to 0.94.
+            beta1_step: What is added to it in each task after that. For CIFAR-100 B0 with ten
+                tasks, where it falls evenly from 0.98 to 0.94, -0.005; with n tasks, the distance
+                between last and first over n - 2.
             beta2: beta of the weights in the compression stage.
             distillation_weight: lambda.
             temperature: T of both distillations.
@@ -94,6 +97,7 @@ class Foster(Method):
                 that. 0: their true mean count.
             nominal_per_class: If positive, n_c of old classes is this, as in the released code
                 under a growing memory (20).
+            bias: Whether heads have a bias; not in the released code of Luo et al. (2023, CIM).
         """
 
         first: Recipe = _FIRST
@@ -106,6 +110,7 @@ class Foster(Method):
         temperature: float = 2.0
         nominal_memory: int = 0
         nominal_per_class: int = 0
+        bias: bool = True
 
         def __post_init__(self) -> None:
             for name in ("beta1", "beta2"):
@@ -130,6 +135,12 @@ class Foster(Method):
             boosting=replace(_BOOSTING, batch_size=256),
             compression=replace(_COMPRESSION, batch_size=256),
         ),
+        "food101": Config(
+            first=replace(_FIRST, batch_size=256),
+            boosting=replace(_BOOSTING, batch_size=256),
+            compression=replace(_COMPRESSION, batch_size=256),
+            beta1=0.95,
+        ),
     }
 
     config: Config
@@ -145,7 +156,8 @@ class Foster(Method):
     def begin_task(self, task: Task) -> None:
         """Puts a second extractor beside the student, and a joint head over both."""
         if task.first:
-            self.network = start_network(self.context.make_backbone(), task.total)
+            backbone = self.context.make_backbone()
+            self.network = start_network(backbone, task.total, bias=self.config.bias)
             return
         (old,), head = self.network.extractors, linear_head(self.network)
         new, width = successor(old), head.in_features
@@ -153,7 +165,7 @@ class Foster(Method):
         head.grow(task.total, in_features=2 * width)
         self.network = Network([old, new], head)
         self.network.freeze(0)
-        self.aux_head = new_head(new, width, task.total)
+        self.aux_head = new_head(new, width, task.total, bias=self.config.bias)
 
     def stages(self, task: Task) -> list[Stage]:
         """Plain training in the first task, then ``boosting`` and ``compression``."""

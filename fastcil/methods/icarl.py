@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,11 +25,10 @@ from fastcil.contract import (
     check_choices,
     check_not_negative,
     check_positive,
-    evaluating,
 )
+from fastcil.memory.means import NearestMean
 from fastcil.nn import Network, distillation
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
-from fastcil.nn.nearest_mean import class_means, nearest_mean_scores
 
 _CIFAR = Recipe(
     epochs=70, lr=2.0, schedule="step", milestones=(49, 63), gamma=0.2, weight_decay=2e-5
@@ -64,6 +64,10 @@ class ICaRL(Method):
     Its own readout is ``nme``, the nearest mean of exemplars (Alg. 1, Eq. 2); ``linear`` is the
     head's. A class of which memory holds no exemplar cannot be nearest: it scores -inf. Without
     any exemplar there is only ``linear``.
+
+    The features of the released CIFAR network are not rectified: it has no ReLU at its end, and
+    so it is here (``published_network``). PyCIL's has one: to repeat its figures take its preset
+    and ``network.last_relu=True``.
 
     Example:
         >>> ICaRL.Config().loss, ICaRL.PRESETS["pycil"].loss
@@ -109,12 +113,12 @@ class ICaRL(Method):
     }
 
     config: Config
-    means: Tensor  # [K, D]
+    published_network = MappingProxyType({"last_relu": False})
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
-        self.register_buffer("means", torch.empty(0, 0))
+        self.nearest = NearestMean(config.flip_means)
 
     def begin_task(self, task: Task) -> None:
         """Keeps a copy of the network as teacher and adds the new classes to its head."""
@@ -123,9 +127,7 @@ class ICaRL(Method):
         else:
             self.teacher = frozen_copy(self.network)
             linear_head(self.network).grow(task.total)
-        # The budget is applied before the means are taken: their place is counted from now on.
-        head = linear_head(self.network)
-        self.means = head.weight.new_zeros(task.total, head.in_features)
+        self.nearest.reserve(self.network, task.total)
 
     def stages(self, task: Task) -> list[Stage]:
         """One stage on new data and exemplars."""
@@ -191,27 +193,12 @@ class ICaRL(Method):
     def end_task(self, task: Task) -> None:
         """Takes the class means of the new exemplars, and lets the teacher go."""
         self.teacher = None
-        exemplars = task.exemplars
-        if not len(exemplars):
-            self.means = self.means.new_empty(0, 0)
-            return
-        with evaluating(self):
-            features = [self.context.scan(self.embed, exemplars)]
-            if self.config.flip_means:
-                features.append(self.context.scan(self.embed, exemplars, flip=True))
-        labels = exemplars.labels.repeat(len(features))
-        self.means = class_means(torch.cat(features), labels, task.total)
+        self.nearest.take(self, task)
 
     def retained(self) -> list[Retained]:
         """The class means: the readout's weights, made anew from the exemplars in each task."""
-        return [Retained("class means", "network", {"means": self.means})]
-
-    def nearest_mean(self, images: Tensor) -> Tensor:
-        """Minus the squared distance to each mean of exemplars (Eq. 2), [B, K]."""
-        return nearest_mean_scores(self.network.features(images), self.means)
+        return [self.nearest.retained()]
 
     def readouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """``nme``, the method's own, and ``linear``; without exemplars only ``linear``."""
-        if not len(self.means):
-            return {"linear": self.logits}
-        return {"nme": self.nearest_mean, "linear": self.logits}
+        return {**self.nearest.readouts(self.network.features), "linear": self.logits}

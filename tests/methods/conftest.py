@@ -24,7 +24,7 @@ SIZES = (5, 3, 1)
 def read(examples: Examples, index: Sequence[int], flip: bool = False) -> Tensor:
     """Images as they lie in the store, scaled to [-1, 1], [B, 3, h, w]."""
     raw = examples.images.pixels.view(-1, SIDE, SIDE, 3)[list(index)]
-    images = raw.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    images = raw.permute(0, 3, 1, 2).to(torch.get_default_dtype()) / 127.5 - 1.0
     return images.flip(3) if flip else images
 
 

@@ -129,6 +129,36 @@ def test_beta1_falls_over_the_tasks():
     assert Foster.Config(beta1=0.1, beta1_step=-0.1).beta1_at(5) > 0
 
 
+def test_published_configurations():
+    presets = Foster.PRESETS
+    assert [presets[name].beta1 for name in ("cifar-b50", "imagenet", "food101")] == [
+        0.94,
+        0.97,
+        0.95,
+    ]
+    for name, config in presets.items():
+        recipes = (config.first, config.boosting, config.compression)
+        assert [r.epochs for r in recipes] == [200, 170, 130]
+        assert [r.schedule for r in recipes] == ["cosine"] * 3
+        assert [r.weight_decay for r in recipes] == [5e-4, 5e-4, 0.0]
+        assert {r.batch_size for r in recipes} == {128 if name.startswith("cifar") else 256}
+        assert config.beta2 == 0.97 and config.beta1_at(1) == config.beta1
+        assert (config.beta1_step == 0) == (name != "cifar-b0")
+
+
+def test_heads_without_bias(lab):
+    method = make(lab, bias=False)
+    for task in lab.make_tasks((3, 2, 1)):
+        method.begin_task(task)
+        heads = [method.network.head, method.aux_head, method.old_head]
+        assert all(head.bias is None for head in heads if head is not None)
+        for stage in method.stages(task):
+            lab.Loop().run(stage)
+        assert method.network.head.bias is None
+        method.end_task(lab.after(task))
+        method.release()
+
+
 def test_first_task_is_plain(lab):
     method = make(lab)
     (task,) = lab.make_tasks((3,))

@@ -12,11 +12,14 @@ from fastcil.contract import evaluating
 from fastcil.methods.der import DER
 from fastcil.methods.foster import Foster
 from fastcil.methods.icarl import ICaRL
+from fastcil.methods.podnet import PODNet
 
 CASES = {
     "foster": (Foster, Foster.Config()),
     "icarl sigmoid": (ICaRL, ICaRL.Config()),
     "icarl softmax": (ICaRL, ICaRL.PRESETS["pycil"]),
+    "podnet": (PODNet, PODNet.Config()),
+    "podnet margin": (PODNet, PODNet.Config(nca="margin")),
     "der": (DER, DER.Config()),
 }
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fastcil.contract import evaluating
+from fastcil.engine.groups import NetworkOptions
+from fastcil.engine.resolve import make_backbone_builder
 from fastcil.methods.icarl import ICaRL
 
 
@@ -200,3 +202,13 @@ def test_recipe_follows_the_preset():
         0.01,
         0.001,
     ]
+
+
+def test_features_are_not_rectified_where_that_is_left_open():
+    """As in the released CIFAR network; `network.last_relu` says otherwise."""
+    published = make_backbone_builder(NetworkOptions(), 32, ICaRL.published_network)()
+    asked = make_backbone_builder(NetworkOptions(last_relu=True), 32, ICaRL.published_network)()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (published.eval()(images) < 0).any()
+        assert not (asked.eval()(images) < 0).any()

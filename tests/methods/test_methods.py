@@ -23,6 +23,10 @@ NAMES = (
     "dark",
     "darkpp",
     "icarl",
+    "eeil",
+    "wa",
+    "podnet",
+    "lucir",
     "der",
     "foster",
 )
@@ -35,6 +39,14 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dlcft", {"linear": False, "loss": "softmax"}),
     ("dlcft", {"classifier": "static", "curvature": "kfac"}),
     ("icarl", {"loss": "softmax"}),
+    ("eeil", {"finetuning_teacher": "trained"}),
+    ("wa", {"scale": "logits"}),
+    ("wa", {"bias": True, "clamp": False}),
+    ("der", {"head": "copied"}),
+    ("foster", {"bias": False}),
+    ("podnet", {"nca": "margin"}),
+    ("lucir", {"transfer": True, "finetune": True}),
+    ("lucir", {"distillation": "logits"}),
 )
 IDS = [name + "".join(f"-{v}" for v in options.values()) for name, options in VARIANTS]
 
@@ -70,7 +82,7 @@ def moments(lab: SimpleNamespace, method: Method, tasks: list[Task]) -> Any:
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
 def test_learns_uneven_tasks(lab, name, options):
-    rate = {"icarl": 0.05 if options else 2.0, "dlcft": 0.002}.get(name, 0.05)
+    rate = {"icarl": 0.05 if options else 2.0, "dlcft": 0.002, "eeil": 0.02}.get(name, 0.05)
     method = make(lab, name, options, epochs=6, lr=rate)
     known = 0
     for task in lab.make_tasks():
