@@ -6,11 +6,22 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastcil.contract import Method, Record, Stage, Stream, Task, Views
+from fastcil.contract import (
+    Context,
+    Method,
+    Record,
+    Stage,
+    Stream,
+    Task,
+    Views,
+    check_choices,
+    check_not_negative,
+)
 from fastcil.data import Examples
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory.boxes import box_shares, whole_boxes
@@ -24,8 +35,16 @@ class BoxConfig:
     """Settings of compression around a box; the defaults are those of Luo et al. 2023.
 
     Args:
-        threshold: tau: what the activation map shows above it is inside the box.
+        threshold: tau: what the activation map shows above it is inside the box. ``held-out``
+            chooses it in each task from ``thresholds``, on a tenth of the new images that is kept
+            from training (Table 3, row 7; see `fastcil.addons.regions.Regions`).
+        thresholds: What ``held-out`` chooses from.
+        tolerance: By how much of 1 the share of images recognised may fall in that choice.
         ratio: eta: pixels outside the box are kept at 1/eta of their number.
+        foreground_ratio: eta': pixels inside it are kept at 1/eta' of theirs, 2 in Table 3,
+            row 11, and else 1. What views show compressed while training stays sharp inside.
+        store: Whether exemplars are compressed; if not, they are kept whole at the price of raw
+            ones, and new images are only shown compressed (Table 3, row 2).
         artifact: Whether new images are sometimes shown compressed while training, so that the
             network learns to bear the artifacts (Luo et al. 2023, Sec. 4.1 and supplement 1).
         refresh: Epochs between new boxes, each of which raises the chance of being shown
@@ -37,8 +56,12 @@ class BoxConfig:
             released code (0.4). The paper doesn't say.
     """
 
-    threshold: float = 0.6
+    threshold: float | Literal["held-out"] = 0.6
+    thresholds: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8)
+    tolerance: float = 0.01
     ratio: float = 4.0
+    foreground_ratio: float = 1.0
+    store: bool = True
     artifact: bool = True
     refresh: int = field(default=40, metadata={"epochs": True})
     artifact_step: float = 0.1
@@ -46,12 +69,24 @@ class BoxConfig:
     compression_stage: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < 1:
+        check_choices(self)
+        if self.threshold != "held-out" and not _is_threshold(self.threshold):
             raise FastcilError(
-                f"threshold is {self.threshold}; it must lie from 0 to below 1 (0.6 in the paper)."
+                f"threshold is {self.threshold}; it must lie from 0 to below 1 (0.6 in the "
+                f"paper), or be 'held-out'."
+            )
+        if not self.thresholds or not all(map(_is_threshold, self.thresholds)):
+            raise FastcilError(
+                f"thresholds is {self.thresholds}; give one or more from 0 to below 1."
             )
         if not (self.ratio >= 1 and math.isfinite(self.ratio)):
             raise FastcilError(f"ratio is {self.ratio}; it must be a number of at least 1.")
+        if not 1 <= self.foreground_ratio <= self.ratio:
+            raise FastcilError(
+                f"foreground_ratio is {self.foreground_ratio}; it must lie from 1 to ratio, "
+                f"which is {self.ratio}."
+            )
+        check_not_negative("tolerance", self.tolerance)
         if self.refresh < 1:
             raise FastcilError(f"refresh is {self.refresh}; it must be at least 1 epoch.")
         for name in ("artifact_step", "artifact_max"):
@@ -70,6 +105,15 @@ class BoxConfig:
             [0.0, 0.0, 0.1, 0.2, 0.4]
         """
         return min(self.artifact_max, self.artifact_step * (epoch // self.refresh))
+
+    def codec_options(self) -> dict[str, float]:
+        """Settings of the codec ``bbox``."""
+        return {"ratio": self.ratio, "foreground_ratio": self.foreground_ratio}
+
+
+def _is_threshold(value: float | str) -> bool:
+    """Whether something of a map may lie above it, and something below."""
+    return not isinstance(value, str) and 0 <= value < 1
 
 
 class Compression(nn.Module):
@@ -143,6 +187,16 @@ class Compression(nn.Module):
                 continue
             stage.streams = tuple(_viewed(s, task.examples, views) for s in stage.streams)
 
+    def offer(self, examples: Examples, locate: Locator) -> Tensor:
+        """The boxes with which a task's images are offered to memory, counted.
+
+        Where nothing is to be compressed they are the whole images, which then take the bytes of
+        raw ones.
+        """
+        boxes = locate(examples) if self.config.store else whole_boxes(examples.images.sizes)
+        self.count(boxes, examples)
+        return boxes
+
     def count(self, boxes: Tensor, examples: Examples) -> None:
         """Adds the boxes by which a task's images were offered to memory."""
         shares = box_shares(boxes, examples.images.sizes).to(self.footprints.device)
@@ -150,11 +204,14 @@ class Compression(nn.Module):
         self.footprints = torch.cat([self.footprints[:-1], self.footprints[-1:] + added])
 
     def record(self) -> Record:
-        """Mean share of an image inside its box, and the memory it takes (Eq. 4), by task."""
+        """Mean share of an image inside its box, and the memory it takes (Eq. 4), by task.
+
+        With b the share, ``b / eta' + (1 - b) / eta``: 1 is an image uncompressed (Fig. S2).
+        """
         seen = self.footprints[:, 1].cpu() > 0
         sums, counts = self.footprints.cpu()[seen].unbind(1)
         share = sums / counts
-        rate = 1 - (1 - 1 / self.config.ratio) * (1 - share)
+        rate = share / self.config.foreground_ratio + (1 - share) / self.config.ratio
         return Record(
             "curve",
             "Compression",
@@ -187,6 +244,16 @@ def check_exemplars(addon: str, method: Method) -> None:
         raise CompositionError(
             f"addon '{addon}' compresses exemplars, and {type(method).__name__} keeps "
             f"{method.keeps}; compose it with a method that keeps exemplars, as 'er' does."
+        )
+
+
+def check_sizes(addon: str, config: BoxConfig, context: Context) -> None:
+    """Raises if exemplars would be smaller than a way of cropping bears that takes one size."""
+    if config.foreground_ratio > 1 and context.augmentation.crop == "padded":
+        raise CompositionError(
+            f"option '{addon}.foreground_ratio' is {config.foreground_ratio}, which keeps "
+            f"exemplars at a smaller size, and augment.crop 'padded' needs all images to be of one "
+            f"size; set augment.crop to 'resized'."
         )
 
 

@@ -44,6 +44,7 @@ class MaskStage(Stage):
         curves: Gives phi, the parameters learned.
         inner_lr: beta_1 at the start.
         ratio: eta of x_eta.
+        foreground_ratio: eta' of what takes the place of x where the mask is 1; 1 for x itself.
         mu: Weight of the masks' size.
         mu_prime: Weight of the branch's own cross-entropy.
         compress_all: Whether exemplars, compressed already, are composed too.
@@ -61,6 +62,7 @@ class MaskStage(Stage):
         curves: Callable[[], Iterable[nn.Parameter]],
         inner_lr: float,
         ratio: float,
+        foreground_ratio: float,
         mu: float,
         mu_prime: float,
         compress_all: bool,
@@ -85,7 +87,7 @@ class MaskStage(Stage):
         self.branch = branch
         self.curves = curves
         self.inner_lr = inner_lr
-        self.ratio = ratio
+        self.ratios = ratio, foreground_ratio
         self.mu = mu
         self.mu_prime = mu_prime
         self.compress_all = compress_all
@@ -152,10 +154,8 @@ class MaskStage(Stage):
 
     def _compressed(self, batch: Batch, masks: Tensor) -> Batch:
         """The batch with its new images composed as the masks say (Eq. S1c)."""
-        images = soft_compose(batch.images, masks, self.ratio)
-        if not self.compress_all:
-            images = torch.where((batch.part == 0)[:, None, None, None], images, batch.images)
-        return replace(batch, images=images)
+        new = None if self.compress_all else batch.part == 0
+        return replace(batch, images=compose_batch(batch.images, masks, *self.ratios, new))
 
     def _inner_step(self, batch: Batch, rate: float) -> dict[str, Tensor]:
         """theta+ by name, as a differentiable function of the batch's images (Eq. 7)."""
@@ -170,3 +170,37 @@ class MaskStage(Stage):
         )
         pairs = zip(theta.items(), gradients, strict=True)
         return {name: value.detach() - rate * gradient for (name, value), gradient in pairs}
+
+
+def compose_batch(
+    images: Tensor, masks: Tensor, ratio: float, foreground_ratio: float, which: Tensor | None
+) -> Tensor:
+    r"""Images composed as their masks say (Luo et al. 2023, Eq. S1c).
+
+    .. math:: M \odot x_{\eta'} + (1 - M) \odot x_\eta
+
+    with x itself for :math:`x_{\eta'}` where eta' is 1, as everywhere but in Table 3, row 11.
+
+    Args:
+        images: x.  # [B, 3, H, W]
+        masks: M, of any resolution.  # [B, h, w]
+        ratio: eta.
+        foreground_ratio: eta'.
+        which: Which images to compose, bool [B]; None for all.
+
+    Returns:
+        [B, 3, H, W]
+
+    Example:
+        >>> images = torch.arange(16.0).view(1, 1, 4, 4)
+        >>> torch.equal(compose_batch(images, torch.ones(1, 2, 2), 4.0, 1.0, None), images)
+        True
+    """
+    composed = soft_compose(images, masks, ratio)
+    if foreground_ratio > 1:
+        # M x + (1 - M) x_eta, less M x + (1 - M) x_eta', plus x_eta'.
+        composed = composed - soft_compose(images, masks, foreground_ratio)
+        composed = composed + soft_compose(images, torch.zeros_like(masks), foreground_ratio)
+    if which is None:
+        return composed
+    return torch.where(which[:, None, None, None], composed, images)

@@ -42,6 +42,8 @@ class Backbone(nn.Module):
 class FakeContext:
     """Reads images one by one, resized to a square."""
 
+    augmentation: Any = SimpleNamespace(crop="resized")
+
     def __init__(self, backbone: Callable[[], nn.Module] = Backbone) -> None:
         self.make_backbone = self.bare_backbone = backbone
         self.scans = 0

@@ -76,7 +76,7 @@ def test_a_state_saved_within_an_epoch_gives_the_same_views(world):
 def test_codec_and_records(world):
     method, addon, _ = compose(world, CAM.Config(ratio=9.0))
     assert CAM.brings_codec == "bbox"
-    assert addon.codec_options() == {"ratio": 9.0}
+    assert addon.codec_options() == {"ratio": 9.0, "foreground_ratio": 1.0}
     task = world.make_task()
     world.begin(method, addon, task)
     addon.boxes(task.examples)

@@ -44,8 +44,10 @@ def test_a_users_method_composes_over_tasks(world):
     titles = [record.title for record in addon.records()]
     assert titles == [
         "Compression",
+        "Activation maps: the image, CAM, CIM",
         "Learned activations",
         "Distance of the learned activations from ReLU",
+        "Distance from ReLU by block and task",
     ]
 
 
@@ -211,6 +213,9 @@ def test_state_is_curves_and_boxes_only(world):
         "compression.boxes",
         "compression.chance",
         "compression.footprints",
+        "regions.seed",
+        "regions.thresholds",
+        "distances",
         *(f"phi.0.{i}.{part}" for i in range(2) for part in ("numerator", "denominator")),
     }
     assert addon._held == ()

@@ -330,3 +330,19 @@ def test_a_stage_that_trains_no_extractor_is_refused(world):
     stage.main.parameters = lambda: stage.network().head.parameters()
     with pytest.raises(CompositionError, match="stage 'learn' trains"):
         list(stage.parameters())
+
+
+def test_the_inner_batch_shows_what_a_foreground_ratio_leaves(world):
+    _, _, stage = compose(world, foreground_ratio=2.0, ratio=9.0)
+    batch = make_batch(5, seed=1)
+    masks = torch.rand(5, 4, 4, dtype=torch.float64)
+    large = torch.nn.functional.interpolate(masks[:, None], (16, 16), mode="bilinear")
+
+    def shrunk(eta):
+        cells = int(16 / eta**0.5)
+        source = torch.arange(16) * cells // 16 * 16 // cells
+        return batch.images[:, :, source][:, :, :, source]
+
+    expected = large * shrunk(2.0) + (1 - large) * shrunk(9.0)
+    expected = torch.where((batch.part == 0)[:, None, None, None], expected, batch.images)
+    assert torch.allclose(stage._compressed(batch, masks).images, expected, atol=1e-12)
