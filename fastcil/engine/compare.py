@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from fastcil.contract import lookup, parse_composition
 from fastcil.engine.metrics import mean_interval
+from fastcil.engine.needs import announce
 from fastcil.engine.options import (
     GROUPS,
     check_keys,
     config_types,
 )
 from fastcil.engine.plan import Plan, claim, make_plan
-from fastcil.engine.presets import merge_options
+from fastcil.engine.preset_files import is_run_preset
+from fastcil.engine.presets import merge_options, preset_arguments
 from fastcil.engine.result import Result
 from fastcil.engine.run import run_plan
 from fastcil.engine.scenario import Scenario
 from fastcil.engine.state import write_atomically
-from fastcil.errors import FastcilError
+from fastcil.engine.variants import Methods, parse_variants
 from fastcil.memory import Budget
 
 _MEASURES = ("average", "last", "forgetting")
@@ -36,7 +37,7 @@ class Row:
     """One method's figures; intervals are 95 % half-widths, None below three seeds.
 
     Args:
-        method: The composition.
+        method: The composition, or the label it goes by.
         readout: Which of its ways to classify; the first row of a method is its own.
         seeds: How many seeds.
         measures: measure -> (mean, half-width).
@@ -63,7 +64,8 @@ class Comparison:
     """Results of several methods at equal memory.
 
     Args:
-        results: Method -> result, in the order asked for.
+        results: Composition or label -> result, in the order asked for; a result's ``config``
+            says what its ``method`` is.
         run_dir: Where they were saved, or None.
     """
 
@@ -143,10 +145,10 @@ def _figure(mean: float, half: float | None, sign: bool = False) -> str:
 
 
 def compare(
-    methods: Sequence[str] | str,
-    data: Any = "scenes",
-    scenario: str | Scenario = "lfs-5",
-    memory: str | Budget = "2000 images",
+    methods: Methods,
+    data: Any = None,
+    scenario: str | Scenario | None = None,
+    memory: str | Budget | None = None,
     codec: str | None = None,
     seeds: Sequence[int] | int = (0,),
     device: str = "auto",
@@ -159,17 +161,20 @@ def compare(
     """Runs methods x seeds at equal memory; finished runs in ``run_dir`` are read, not repeated.
 
     Args:
-        methods: Compositions, or text with commas between; differences are paired with the first.
+        methods: Compositions, or text with commas between; or a mapping from label to what is
+            particular: ``{"foster": {}, "mu 0": {"method": "foster+cim", "cim.mu": 0.0}}`` (see
+            `fastcil.engine.variants.parse_variants`). Differences are paired with the first.
         data: See `fastcil.train`.
         scenario: See `fastcil.train`.
         memory: The budget of every method.
         codec: Codec of the methods whose addons bring none.
         seeds: Seeds of every method.
         device: See `fastcil.train`.
-        run_dir: Each method's run goes into a folder of its name there.
+        run_dir: Each method's run goes into a folder of its name or label there.
         preset: See `fastcil.train`; a name concerns the methods that have a preset of that name.
         backbone: See `fastcil.train`.
-        **options: Dotted option names; a method's options go to that method only.
+        **options: Dotted option names; a method's options go to that method only, and to every
+            variant of it. What a variant says of its own wins over these.
 
     Returns:
         The `Comparison`.
@@ -177,47 +182,38 @@ def compare(
     Raises:
         FastcilError: As `fastcil.train`, before the first run begins.
     """
-    if isinstance(methods, str):
-        methods = methods.split(",")
-    names = ["+".join([name, *addons]) for name, addons in map(parse_composition, methods)]
-    if not names or len(set(names)) != len(names):
-        raise FastcilError(
-            f"methods is {tuple(methods)}; name one or more different methods, as in "
-            f"'foster,foster+cim'."
-        )
+    variants = parse_variants(methods)
+    names = [variant.method for variant in variants]
     merged = merge_options(preset, options, names)
     check_keys(merged, config_types(names))
+    arguments = preset_arguments(preset, data=data, scenario=scenario, memory=memory)
+    data = arguments["data"]
+    announce(preset, data, merged)
     plans: dict[str, Plan] = {}
-    for method in names:
-        name, addons = parse_composition(method)
+    for variant in variants:
         plan = make_plan(
-            method,
+            variant.method,
             data if not plans else next(iter(plans.values())).dataset,
-            scenario,
-            memory,
-            None if any(_brings_codec(addon) for addon in addons) else codec,
+            arguments["scenario"],
+            arguments["memory"],
+            variant.codec_beside(codec),
             seeds,
             device,
             backbone,
-            {k: v for k, v in merged.items() if k in (*GROUPS, name, *addons)},
+            variant.options_over(merged, GROUPS),
+            str(preset) if is_run_preset(preset) else None,
         )
         if isinstance(data, (str, Path)):
             plan.data_name = str(data)
-        plans[method] = plan
+        plans[variant.label] = plan
     folder = Path(run_dir) if run_dir is not None else None
     if folder:
-        for method, plan in plans.items():
-            claim(folder / method, plan)
+        for label, plan in plans.items():
+            claim(folder / label, plan)
     results = {
-        method: run_plan(plan, folder / method if folder else None)
-        for method, plan in plans.items()
+        label: run_plan(plan, folder / label if folder else None) for label, plan in plans.items()
     }
     comparison = Comparison(results, folder)
     if folder is not None:
         comparison.save(folder / "compare.json")
     return comparison
-
-
-def _brings_codec(addon: str) -> bool:
-    """Whether an addon stores exemplars its own way."""
-    return getattr(lookup("addon", addon), "brings_codec", None) is not None

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 _COLOURS = (
     *("#2b6cb0", "#d1602c", "#2f855a", "#805ad5", "#b7871d", "#b83262", "#2c8f99"),
-    *("#5f6b7a", "#8a5a3a", "#4c51bf"),
+    *("#5f6b7a", "#8a5a3a", "#4c51bf", "#9aa414", "#e07fb0"),
 )
 _MARKERS = "osD^vPX*<>"
 INK, SOFT, GRID = "#1d232a", "#55606c", "#dfe3e8"

@@ -20,6 +20,7 @@ from fastcil.engine.markup import (
     table,
     tag,
 )
+from fastcil.engine.options import flatten
 from fastcil.engine.plot_style import method_colour
 from fastcil.engine.plots import plot_curves, plot_forgetting, plot_matrix, plot_seconds
 from fastcil.engine.result import Result
@@ -268,6 +269,7 @@ def setup_section(comparison: Comparison) -> Html:
     command = environment.pop("command", None)
     config, own_config = _shared({m: r.config for m, r in results.items()})
     parts = [tag("h3", "Command"), tag("pre", command)] if command else []
+    parts += _variants(comparison)
     parts += [tag("h3", "Environment"), definitions(environment)]
     parts += [
         tag("h3", "Configuration"),
@@ -275,6 +277,32 @@ def setup_section(comparison: Comparison) -> Html:
     ]
     parts += [details(method, tag("pre", _yaml(own))) for method, own in own_config.items()]
     return Html("".join(parts))
+
+
+def _variants(comparison: Comparison) -> list[Html]:
+    """What each label stands for: its method, and the options in which methods differ."""
+    configs = {label: result.config for label, result in comparison.results.items()}
+    if all(label == config["method"] for label, config in configs.items()):
+        return []
+    flat = {label: flatten(config) for label, config in configs.items()}
+    values: dict[str, list[Any]] = {}
+    for options in flat.values():
+        for name, value in options.items():
+            values.setdefault(name, []).append(value)
+    names = [
+        name
+        for name, found in values.items()
+        if name != "method" and any(value != found[0] for value in found)
+    ]
+    rows = [
+        [
+            method_name(comparison, label),
+            options["method"],
+            *("–" if name not in options else str(options[name]) for name in names),
+        ]
+        for label, options in flat.items()
+    ]
+    return [tag("h3", "What is compared"), table(["", "method", *names], rows)]
 
 
 def _yaml(config: Mapping[str, Any]) -> str:
