@@ -1,6 +1,7 @@
-"""Keeps the figures of finished comparisons, and writes them into the README.
+"""Keeps the figures of finished comparisons and of published runs, and writes them into the README.
 
 python benchmarks/reproduction.py keep caltech101 runs/caltech101   # -> reproduction/*.json
+python benchmarks/reproduction.py keep-preset RUN_DIR               # -> reproduction/presets/*.json
 python benchmarks/reproduction.py tables                            # -> README.md
 """
 
@@ -17,6 +18,9 @@ import yaml
 
 from fastcil import Result
 from fastcil.engine.compare import Comparison, Row
+from fastcil.engine.metrics import mean_interval
+from fastcil.engine.options import flatten, make_settings
+from fastcil.engine.preset_files import Published, preset_names, read_preset
 from fastcil.engine.state import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +28,13 @@ FOLDER = ROOT / "benchmarks" / "reproduction"
 # Where a figure was taken: what a reader needs to take it again.
 FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "threads", "device")
 COLUMNS = ("method", "average", "last", "difference", "exemplars", "bytes", "with networks")
+PRESET_COLUMNS = (
+    *("preset", "method", "published", "in", "average", "last", "seeds", "hours", "device"),
+    *("commit", "changed"),
+)
+# What a run may have of its own without being another experiment.
+FREE = ("seeds", "device", "preset", "codec", "method", "load.", "engine.threads")
+FREE += ("engine.progress", "engine.tensorboard", "engine.checkpoint_seconds", "engine.scan_batch")
 
 
 def keep(name: str, run_dir: Path) -> Path:
@@ -54,6 +65,108 @@ def keep(name: str, run_dir: Path) -> Path:
     path = FOLDER / f"{name}.json"
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
+
+
+def keep_preset(run_dir: Path) -> Path:
+    """Writes the figures of one method's run of a preset, in the place of earlier ones."""
+    result = Result.load(run_dir)
+    name = result.config.get("preset")
+    if name is None:
+        raise SystemExit(f"{run_dir} is no run of a preset.")
+    preset, method = read_preset(name), result.config["method"]
+    run = {
+        "method": method,
+        "seeds": [outcome.seed for outcome in result.outcomes],
+        "readouts": {
+            readout: {m: mean_interval(result.per_seed(m, readout)) for m in ("average", "last")}
+            for readout in result.readouts
+        },
+        "per_seed": {measure: result.per_seed(measure) for measure in ("average", "last")},
+        "hours": result.seconds / 3600,
+        "exemplars": result.exemplars,
+        "nbytes": result.nbytes,
+        "changed": changes(result.config, preset.arguments, preset.options_for([method])),
+        "environment": {fact: result.environment[fact] for fact in FACTS},
+    }
+    path = FOLDER / "presets" / f"{name.replace('/', '-')}.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": []}
+    runs = [other for other in kept["runs"] if other["method"] != method]
+    content = {"preset": name, "runs": [*runs, run]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    return path
+
+
+def changes(config: dict[str, Any], arguments: Any, options: Any) -> list[str]:
+    """What a run's config has other than its preset, ``name value``; of paths only what follows."""
+    settings = make_settings(config["method"], options).as_dict()
+    told = flatten({**arguments, **settings})
+    found = []
+    for name, value in flatten(config).items():
+        wanted = told.get(name)
+        if name == "data":
+            value, wanted = (str(text).partition(":")[2] for text in (value, wanted))
+        if isinstance(wanted, tuple):
+            wanted = list(wanted)
+        if value != wanted and not name.startswith(FREE):
+            found.append(f"{name} {value}")
+    return found
+
+
+def preset_tables() -> str:
+    """The Markdown tables of all presets, family by family: published figures and ours."""
+    parts = []
+    families = dict.fromkeys(name.partition("/")[0] for name in preset_names())
+    for family in families:
+        names = [name for name in preset_names() if name.startswith(f"{family}/")]
+        lines = ["| " + " | ".join(PRESET_COLUMNS) + " |", "|" + "---|" * len(PRESET_COLUMNS)]
+        done = 0
+        for name in names:
+            rows = preset_rows(name)
+            done += sum(bool(row[4]) and not row[1].startswith("&emsp;") for row in rows)
+            lines += ["| " + " | ".join(row) + " |" for row in rows]
+        summary = f"<code>{family}</code>: {len(names)} presets, {done} methods' runs kept"
+        head = f"<details><summary>{summary}</summary>"
+        parts.append("\n".join([head, "", *lines, "", "</details>"]))
+    return "\n\n".join(parts)
+
+
+def preset_rows(name: str) -> list[list[str]]:
+    """A preset's rows: every method that was published or run, its other readouts below it."""
+    path = FOLDER / "presets" / f"{name.replace('/', '-')}.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    runs = {run["method"]: run for run in kept}
+    published = list(read_preset(name).published)
+    told = {figure.method for figure in published}
+    published += [Published(method, None, None, "") for method in runs if method not in told]
+    rows, source = [], ""
+    for figure in published:
+        cells = [f"`{name}`" if not rows else "", f"`{figure.method}`", _both(figure)]
+        cells.append(figure.source if figure.source != source else "")
+        source = figure.source
+        run = runs.get(figure.method)
+        if run is None:
+            rows.append([*cells, *[""] * (len(PRESET_COLUMNS) - len(cells))])
+            continue
+        for number, (readout, measures) in enumerate(run["readouts"].items()):
+            ours = [_figure(*measures[measure]) for measure in ("average", "last")]
+            if number:
+                rows.append(["", f"&emsp;{readout}", "", "", *ours, *[""] * 5])
+                continue
+            facts = run["environment"]
+            changed = ", ".join(run["changed"])
+            device = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+            more = [str(len(run["seeds"])), f"{run['hours']:.1f}", device, facts["commit"] or ""]
+            rows.append([*cells, *ours, *more, changed])
+    return rows
+
+
+def _both(figure: Published) -> str:
+    """Average, and last where it is published."""
+    if figure.average is None and figure.last is None:
+        return ""
+    average, last = ("-" if a is None else f"{a:.2f}" for a in (figure.average, figure.last))
+    return average if last == "-" else f"{average} / {last}"
 
 
 def table(content: dict[str, Any]) -> str:
@@ -87,27 +200,34 @@ def _figure(mean: float, half: float | None, sign: bool = False) -> str:
 
 def with_tables(readme: str) -> str:
     """The README with every kept comparison between its marks, ``<!-- NAME -->``, brought up."""
-    for path in sorted(FOLDER.glob("*.json")):
-        made = table(json.loads(path.read_text(encoding="utf-8")))
-        mark, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
+    made = {
+        path.stem: table(json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(FOLDER.glob("*.json"))
+    }
+    for name, text in {**made, "presets": preset_tables()}.items():
+        mark, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if mark not in readme or end not in readme:
-            raise SystemExit(f"README.md has no place for {path.name}: add {mark} and {end}.")
+            raise SystemExit(f"README.md has no place for {name}: add {mark} and {end}.")
         place = re.compile(f"{re.escape(mark)}.*?{re.escape(end)}", re.DOTALL)
-        readme = place.sub(lambda _, text=f"{mark}\n{made}\n{end}": text, readme)
+        readme = place.sub(lambda _, text=f"{mark}\n{text}\n{end}": text, readme)
     return readme
 
 
 def main() -> None:
-    """Runs one of the two commands."""
+    """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     keeper = commands.add_parser("keep", help="keep a finished comparison's figures")
     keeper.add_argument("name", help="of the settings in benchmarks/reproduction")
     keeper.add_argument("run_dir", type=Path, help="what fastcil compare wrote")
+    one = commands.add_parser("keep-preset", help="keep the figures of a run of a preset")
+    one.add_argument("run_dir", type=Path, help="what fastcil train --preset wrote")
     commands.add_parser("tables", help="write the kept figures into README.md")
     arguments = parser.parse_args()
     if arguments.command == "keep":
         print(keep(arguments.name, arguments.run_dir))
+    elif arguments.command == "keep-preset":
+        print(keep_preset(arguments.run_dir))
     else:
         readme = ROOT / "README.md"
         text = with_tables(readme.read_text(encoding="utf-8"))

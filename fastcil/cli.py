@@ -16,6 +16,7 @@ _USAGE = """usage: fastcil COMMAND [options]
   evaluate   a saved Learner on data: fastcil evaluate LEARNER --data DATA
   report     write a run's report:    fastcil report RUN_DIR
   methods    what there is:           fastcil methods [NAME]
+  presets    published runs:          fastcil presets [NAME]
   doctor     what this machine can do
 
   fastcil COMMAND --help lists a command's options.
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "report": _report,
         "methods": _methods,
+        "presets": _presets,
         "doctor": _doctor,
     }
     shown = warnings.showwarning
@@ -112,7 +114,7 @@ def _pretrain(arguments: list[str]) -> int:
 
 def _default_dir(name: str, data: str, what: str) -> str:
     """``runs/NAME-DATA-SCENARIO``: the same command finds its run again."""
-    shown = str(data).rstrip("/").rpartition("/")[2].partition(":")[0]
+    shown = str(data).partition(":list=")[0].rstrip("/").rpartition("/")[2].partition(":")[0]
     return f"runs/{name}-{shown}-{what}"
 
 
@@ -148,6 +150,18 @@ def _methods(arguments: list[str]) -> int:
     if len(arguments) > 1:
         raise FastcilError(f"methods takes one name; it got {len(arguments)}.")
     print(describe(arguments[0]) if arguments else list_all())
+    return 0
+
+
+def _presets(arguments: list[str]) -> int:
+    from fastcil.engine.catalogue import describe_preset, list_presets
+
+    if arguments[:1] in (["-h"], ["--help"]):
+        print("usage: fastcil presets [NAME]\n\nlists published runs, or what one sets")
+        return 0
+    if len(arguments) > 1:
+        raise FastcilError(f"presets takes one name; it got {len(arguments)}.")
+    print(describe_preset(arguments[0]) if arguments else list_presets())
     return 0
 
 

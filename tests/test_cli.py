@@ -146,7 +146,7 @@ def test_doctor_finds_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.split()[1:3] == ["torch", torch.__version__] for line in lines)
 
 
-COMMANDS = ["train", "compare", "pretrain", "evaluate", "report", "methods", "doctor"]
+COMMANDS = ["train", "compare", "pretrain", "evaluate", "report", "methods", "presets", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

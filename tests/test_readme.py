@@ -48,7 +48,7 @@ def test_commands_are_ones_there_are(line: str) -> None:
         if command in ("train", "compare"):
             assert parse_run(command, arguments)
         else:
-            assert command in ("report", "methods", "doctor")
+            assert command in ("report", "methods", "presets", "doctor")
 
 
 def test_the_two_commands_come_first() -> None:

@@ -8,13 +8,25 @@ import tarfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastcil.data import arrays, cifar, folder, imagenet32, mit67, mnist, scenes, torch_datasets
+from fastcil.data import (
+    arrays,
+    cifar,
+    folder,
+    food101,
+    imagenet,
+    imagenet32,
+    mit67,
+    mnist,
+    scenes,
+    torch_datasets,
+)
 from fastcil.data.places import resolve
 from fastcil.data.store import Dataset, Examples
 from fastcil.data.subset import OPTIONS, WHOLE, Subset
@@ -27,7 +39,10 @@ _PUBLISHED = (
     (mnist.is_mnist, mnist.load_mnist),
     (imagenet32.is_imagenet32, imagenet32.load_imagenet32),
     (mit67.is_mit67, mit67.load_mit67),
+    (food101.is_food101, food101.load_food101),
+    (imagenet.is_imagenet, imagenet.load_imagenet),
 )
+_LIST = "list"
 _FORMS = (
     'give a path, "scenes", "cifar10", "cifar100", ((x_train, y_train), (x_test, y_test)), a pair'
     " of map-style torch data sets, or a Dataset"
@@ -50,6 +65,9 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
     | folder | MNIST's four idx files, gzipped or not: `fastcil.data.mnist.load_mnist` | |
     | folder | ImageNet32 as npz: `fastcil.data.imagenet32.load_imagenet32` | |
     | folder | MIT-67, ``Images`` and its two lists: `fastcil.data.mit67.load_mit67` | |
+    | ``"food101"`` or folder | its ``images`` and ``meta``: `fastcil.data.food101` | |
+    | ``"imagenet"`` or folder | ``train``, ``val``, or Kaggle's: `fastcil.data.imagenet` | list |
+    | ``"imagenet100"`` | a folder of its own, or classes of ImageNet | list |
     | ``.npz`` | ``x_train, y_train, x_test, y_test``, as Keras's ``mnist.npz`` | class_names |
     | ``((x_train, y_train), (x_test, y_test))`` | uint8 arrays or tensors | class_names |
     | ``(train, test)`` | map-style torch data sets of (image, label) | class_names |
@@ -63,6 +81,10 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
       (or a sequence of whole numbers); their labels are numbered anew from 0 in ascending order;
     - ``train_per_class``, ``test_per_class``: images to take of each class, evenly over the data
       set's order, the same every time; a class with fewer gives all.
+
+    ``"imagenet100:list=podnet"`` says which hundred classes are meant, ``lucir`` being the default
+    (`fastcil.data.imagenet.subset_ids`); a list may also be a file of class names. It stands first
+    among written options, and goes with any folder of ``train/<class>`` and ``val/<class>``.
 
     A relative path that does not exist is looked for under FASTCIL_DATA. Float images of torch
     data sets are taken to lie in [0, 1] and are scaled to 0..255. The EXIF orientation of image
@@ -119,7 +141,7 @@ def _written_options(source: Any) -> tuple[Any, dict[str, Any]]:
         example = "whole numbers, as in 'scenes:classes=8,size=32'"
     else:
         # What stands behind the last colon, unless it goes on as a path or is one.
-        match = re.fullmatch(r"(.+):(\s*\w+\s*=[^:/\\]*)", source)
+        match = re.fullmatch(r"(.+):(\s*list\s*=[^:]*|\s*\w+\s*=[^:/\\]*)", source)
         if match is None or os.path.exists(source):
             return source, {}
         name, written = match.groups()
@@ -127,7 +149,7 @@ def _written_options(source: Any) -> tuple[Any, dict[str, Any]]:
     options: dict[str, Any] = {}
     for item in written.split(","):
         option, _, value = (text.strip() for text in item.partition("="))
-        if option == "classes" and name != "scenes":
+        if option in ("classes", _LIST) and name != "scenes":
             options[option] = value
         elif value.lstrip("-").isdigit():
             options[option] = int(value)
@@ -175,7 +197,7 @@ def _path_reader(
             (),
             str(source),
         )
-    path = resolve(source)
+    path = _place(source)
     kind = cifar.find_cifar(path)
     if kind is not None:
         return lambda: subset.of(cifar.load_cifar(kind, path=path)), (), kind
@@ -185,15 +207,39 @@ def _path_reader(
             _NAMES,
             str(path),
         )
-    read = _published_reader(path)
-    if read is None:
+    published = _published_reader(source, path)
+    if published is None:
         _check_tree(path)
-        read = folder.load_folder
-    return lambda: read(path, skip_bad=skip_bad, subset=subset), (), str(path)
+    read: Callable[..., Dataset] = published or folder.load_folder
+    listed = path.is_dir() and read in (folder.load_folder, imagenet.load_imagenet)
+    if source in imagenet.NAMES:
+        read, listed = partial(read, name=str(source)), True
+
+    def whole(**options: Any) -> Dataset:
+        chosen = options.get(_LIST)
+        if chosen is None:
+            return read(path, skip_bad=skip_bad, subset=subset)
+        how = imagenet.load_imagenet if read is folder.load_folder else read
+        return how(path, skip_bad=skip_bad, subset=subset, class_list=str(chosen))
+
+    return whole, (_LIST,) if listed else (), str(path)
 
 
-def _published_reader(path: Path) -> Callable[..., Dataset] | None:
+def _place(source: str | os.PathLike[str]) -> Path:
+    """Where a data set lies that goes by a name or by its path."""
+    if source == food101.NAME:
+        return food101.find_food101()
+    if source in imagenet.NAMES:
+        return imagenet.find_imagenet(str(source))
+    return resolve(source)
+
+
+def _published_reader(source: str | os.PathLike[str], path: Path) -> Callable[..., Dataset] | None:
     """Who reads a folder of a published form."""
+    if source == food101.NAME:
+        return food101.load_food101
+    if source in imagenet.NAMES:
+        return imagenet.load_imagenet
     return next((read for tells, read in _PUBLISHED if tells(path)), None)
 
 
@@ -287,11 +333,12 @@ def _path_examples(
     if whole == "scenes":
         data = load(source)
         return data.train, data.class_names
+    chosen = written.pop(_LIST, None)
     for option in written:
         if option not in OPTIONS:
             raise DataError(f"{whole} has no option {option!r}; it takes {', '.join(OPTIONS)}")
     subset = Subset.of_options(written)
-    path = None if whole in cifar.ARCHIVES else resolve(whole)
+    path = None if whole in cifar.ARCHIVES else _place(whole)
     if path is None or cifar.find_cifar(path) is not None:
         data = load(whole)
         return subset.examples(data.train, data.class_names, str(whole))
@@ -302,7 +349,10 @@ def _path_examples(
             batch["x_train"], batch["y_train"], names, skip_bad, skipped
         )
         return subset.examples(*found, str(path))
-    read = _published_reader(path)
+    read = _published_reader(whole, path)
+    if whole in imagenet.NAMES or chosen is not None:
+        name = whole if whole in imagenet.NAMES else None
+        read = partial(imagenet.load_imagenet, name=name, class_list=chosen)
     if read is not None:
         # A data set has two classes or more, what is to be learned may have one.
         one = subset.classes if subset.classes and len(subset.classes) == 1 else None

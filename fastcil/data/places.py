@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastcil.errors import DataError
@@ -78,5 +79,49 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         return folder / path
     raise DataError(
         f"{path} does not exist ({describe_data_folder()}); give the path of a folder, .tar or"
-        ' .npz, or one of "scenes", "cifar10", "cifar100"'
+        ' .npz, or one of "scenes", "cifar10", "cifar100", "food101", "imagenet", "imagenet100"'
     )
+
+
+def look_for_folder(folders: Sequence[str]) -> Path | None:
+    """Look for a folder under several names, here and in FASTCIL_DATA.
+
+    Args:
+        folders: its usual names, the likeliest first.
+
+    Returns:
+        The first that is there, or None.
+
+    Example:
+        >>> look_for_folder(["no such folder", "."])
+        PosixPath('.')
+    """
+    places = [place for place in (Path(), data_folder()) if place is not None]
+    return next((p / f for p in places for f in folders if (p / f).is_dir()), None)
+
+
+def find_folder(name: str, folders: Sequence[str], wanted: str) -> Path:
+    """Find the folder of a data set that goes by a name.
+
+    Args:
+        name: what was asked for.
+        folders: its usual names on disk.
+        wanted: what the folder is, for the error.
+
+    Returns:
+        Its path.
+
+    Raises:
+        DataError: If none of the folders is here or in FASTCIL_DATA.
+
+    Example:
+        >>> find_folder("here", ["."], "any folder").is_dir()
+        True
+    """
+    found = look_for_folder(folders)
+    if found is None:
+        raise DataError(
+            f"data is '{name}', but there is no folder {', '.join(folders)} here or in FASTCIL_DATA"
+            f" ({describe_data_folder()}); give the path of {wanted}"
+        )
+    return found

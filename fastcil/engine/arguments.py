@@ -12,8 +12,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from fastcil.contract import nearest
 from fastcil.engine.options import build_groups, check_keys, config_types, explain
-from fastcil.engine.presets import merge_options, read_yaml
+from fastcil.engine.preset_files import is_run_preset
+from fastcil.engine.presets import merge_options, preset_arguments, read_yaml
 from fastcil.engine.pretrain import DEFAULTS
+from fastcil.engine.variants import parse_variants
 from fastcil.errors import FastcilError
 
 
@@ -30,8 +32,9 @@ class RunArguments:
         seeds: Comma-separated.
         device: ``auto``, ``cpu``, ``cuda``.
         run_dir: Where to keep the run.
-        preset: A published configuration of the method's or an addon's own, such as
-            ``cifar-b0`` of foster, or a YAML file of options; flags win over it.
+        preset: A published run (``cim/food101-lfs10``; `fastcil presets` lists them), a published
+            configuration of the method's or an addon's own, such as ``cifar-b0`` of foster, or a
+            YAML file of options; flags win over it.
     """
 
     data: str = "scenes"
@@ -97,29 +100,34 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         "compare": ("methods", "foster,foster+cim"),
     }[command]
     methods = _named_in(arguments, which) or default
-    names = [name.strip() for name in methods.split(",")]
+    variants = parse_variants(methods if command == "compare" else [str(methods)])
+    names = [variant.method for variant in variants]
     types = config_types(names)
-    below = merge_options(_named_in(arguments, "preset"), {}, names)
+    preset = _named_in(arguments, "preset")
+    below = merge_options(preset, {}, names)
     check_keys(below, types)
     defaults = build_groups(below, types)
     parser = ArgumentParser(prog=f"fastcil {command}", exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
-    # A list as YAML writes it; text with commas between on the command line.
-    kind = str if command == "train" else str | list[str]
+    # A list or a mapping as YAML writes it; text with commas between on the command line.
+    kind = str if command == "train" else str | list[str] | dict[str, Any]
     parser.add_argument(f"--{which}", type=kind, default=default)
     parser.add_class_arguments(RunArguments)
+    if is_run_preset(preset):
+        parser.set_defaults(preset_arguments(preset))
     for name, cls in types.items():
         parser.add_argument(f"--{name}", type=cls, default=defaults[name])
     parsed = _parse(parser, arguments).as_dict()
     options: dict[str, Any] = {field.name: parsed[field.name] for field in fields(RunArguments)}
-    del options["preset"]  # It is in the defaults.
+    if not is_run_preset(options["preset"]):
+        del options["preset"]  # It is in the defaults.
     options["seeds"] = _seeds(options["seeds"])
-    options[which] = names if command == "compare" else methods
+    options[which] = methods
     # A dash in a name is an underscore in what was parsed.
     return {**options, **{name: parsed[name.replace("-", "_")] for name in types}}
 
 
-def _named_in(arguments: Sequence[str], option: str) -> str | None:
+def _named_in(arguments: Sequence[str], option: str) -> Any:
     """What the command line, or else its config file, says of ``option``.
 
     The parser that knows all flags can't be built before it is known whose flags they are, and
@@ -132,8 +140,7 @@ def _named_in(arguments: Sequence[str], option: str) -> str | None:
         if flag == f"--{option}":
             found = value
         elif flag == "--config":
-            listed = read_yaml(value).get(option)
-            found = found or (",".join(listed) if isinstance(listed, list) else listed)
+            found = found or read_yaml(value).get(option)
     return found
 
 

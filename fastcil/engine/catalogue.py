@@ -1,4 +1,4 @@
-"""What methods, addons and codecs there are, and their options."""
+"""What methods, addons, codecs and published runs there are, and their options."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import dataclasses
 import inspect
 from typing import Any
 
+import yaml
+
 from fastcil.contract import lookup, nearest
 from fastcil.contract.registry import ADDONS, ALIASES, CODECS, METHODS
+from fastcil.engine.preset_files import preset_names, read_preset
 from fastcil.engine.presets import presets
 from fastcil.errors import FastcilError
 
@@ -53,6 +56,44 @@ def _presets(cls: type) -> str:
     """The names that ``preset`` takes."""
     names = sorted(presets(cls))
     return f"\n\npresets\n  --preset {', '.join(names)}" if names else ""
+
+
+def list_presets() -> str:
+    """One line for every published run: data, scenario, memory."""
+    lines = []
+    for name in preset_names():
+        told = read_preset(name).arguments
+        lines.append(f"{name:28} {told['data']:22} {told['scenario']:8} {told['memory']}")
+    how = "'fastcil presets NAME' shows what one sets, --preset NAME with --method METHOD runs it."
+    return "\n".join([*lines, "", how])
+
+
+def describe_preset(name: str) -> str:
+    """What a published run sets, as YAML, and what papers report of it.
+
+    Args:
+        name: As `list_presets` has it.
+
+    Raises:
+        FastcilError: The name is unknown.
+
+    Example:
+        >>> print(describe_preset("cifar100/b50-10-resnet18"))  # doctest: +ELLIPSIS
+        CIFAR-100
+        <BLANKLINE>
+        data: cifar100
+        ...
+        published, average / last accuracy
+          der                      72.81 / 65.64  Yan et al. (2021), curves without pruning
+    """
+    preset = read_preset(name)
+    sets = {**preset.arguments, **preset.options, "configs": dict(preset.configs)}
+    lines = [preset.title, "", yaml.safe_dump(sets, sort_keys=False, default_flow_style=None)]
+    lines.append("published, average / last accuracy")
+    for figure in preset.published:
+        both = " / ".join("-" if a is None else f"{a:.2f}" for a in (figure.average, figure.last))
+        lines.append(f"  {figure.method:24} {both:14} {figure.source}")
+    return "\n".join(lines)
 
 
 def _first_line(cls: type) -> str:

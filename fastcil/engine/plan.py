@@ -41,6 +41,7 @@ class Plan:
     device: str
     data_name: str
     backbone: Callable[[], torch.nn.Module] | None = None
+    preset: str | None = None
 
     def config(self) -> dict[str, Any]:
         """As `config.yaml` holds it."""
@@ -52,6 +53,7 @@ class Plan:
             "codec": self.settings.codec,
             "seeds": list(self.seeds),
             "device": self.device,
+            **({"preset": self.preset} if self.preset else {}),
             **{k: v for k, v in self.settings.as_dict().items() if k not in ("method", "codec")},
         }
 
@@ -59,8 +61,8 @@ class Plan:
         """What an unfinished run must share to be gone on with."""
         config = self.config()
         config["engine"] = {k: v for k, v in config["engine"].items() if k not in _FREE}
-        for name in ("seeds", "load"):
-            config.pop(name)
+        for name in ("seeds", "load", "preset"):
+            config.pop(name, None)
         config["images"] = fingerprint(self.dataset)
         config["tasks"] = _stream_fingerprint(self.scenario)
         if self.backbone is not None:
@@ -100,8 +102,12 @@ def make_plan(
     device: str,
     backbone: Callable[[], torch.nn.Module] | None,
     options: Mapping[str, Any],
+    preset: str | None = None,
 ) -> Plan:
-    """Checks every argument, reads the data and makes every part, before anything is written."""
+    """Checks every argument, reads the data and makes every part, before anything is written.
+
+    ``preset`` is the name of the published run that arguments and options come from, if any.
+    """
     settings = make_settings(method, options, codec)
     budget = memory if isinstance(memory, Budget) else Budget.parse(memory)
     seeds = _check_seeds(seeds)
@@ -125,6 +131,7 @@ def make_plan(
         device,
         str(data) if isinstance(data, (str, Path)) else dataset.name,
         backbone,
+        preset,
     )
 
 

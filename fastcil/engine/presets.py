@@ -10,8 +10,10 @@ import yaml
 
 from fastcil.contract import lookup, nearest, parse_composition
 from fastcil.engine.options import flatten, nest
+from fastcil.engine.preset_files import is_run_preset, read_preset
 from fastcil.errors import FastcilError
 
+DEFAULTS = {"data": "scenes", "scenario": "lfs-5", "memory": "2000 images"}
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -39,7 +41,7 @@ def presets(part: type) -> dict[str, Any]:
 
     Example:
         >>> sorted(presets(lookup("method", "foster")))
-        ['cifar-b0', 'cifar-b50', 'imagenet']
+        ['cifar-b0', 'cifar-b50', 'food101', 'imagenet']
     """
     return dict(getattr(part, "PRESETS", {}))
 
@@ -80,7 +82,8 @@ def merge_options(
     """A preset's options with these on top, nested.
 
     Args:
-        preset: A YAML file (``.yaml``, ``.yml``), the name of a preset, or None.
+        preset: A YAML file (``.yaml``, ``.yml``); the name of a preset, of Configs (``cifar-b0``)
+            or of whole runs (``cim/food101-lfs10``); or None.
         options: Dotted or nested names -> values.
         methods: The compositions that the preset is for.
     """
@@ -88,6 +91,26 @@ def merge_options(
         below: Mapping[str, Any] = {}
     elif str(preset).endswith(_SUFFIXES):
         below = nest(read_yaml(preset))
+    elif is_run_preset(preset):
+        below = read_preset(str(preset)).options_for(methods)
     else:
         below = named_preset(str(preset), methods)
     return nest({**flatten(below), **flatten(nest(options))})
+
+
+def preset_arguments(preset: str | Path | None, **given: Any) -> dict[str, Any]:
+    """Data, scenario and memory of a run: as given, else as the preset has them, else the defaults.
+
+    Args:
+        preset: As `merge_options` takes; only a preset of whole runs has arguments.
+        **given: ``data``, ``scenario`` and ``memory``; None leaves it to the preset.
+
+    Example:
+        >>> preset_arguments("cim/food101-lfh5", data="photos", scenario=None, memory=None)
+        {'data': 'photos', 'scenario': 'lfh-5', 'memory': '20 images/class'}
+        >>> preset_arguments(None, data=None, scenario=None, memory="none")
+        {'data': 'scenes', 'scenario': 'lfs-5', 'memory': 'none'}
+    """
+    own = read_preset(str(preset)).arguments if is_run_preset(preset) else {}
+    said = {name: value for name, value in given.items() if value is not None}
+    return {**DEFAULTS, **own, **said}

@@ -15,11 +15,14 @@ from fastcil.engine.environment import environment
 from fastcil.engine.evaluate import count_correct
 from fastcil.engine.events import JsonLines, Listener, TensorBoard, broadcast
 from fastcil.engine.learner import Learner
+from fastcil.engine.localisation import localisation_records
+from fastcil.engine.needs import announce, tell_needs
 from fastcil.engine.plan import Plan, claim, make_plan
-from fastcil.engine.presets import merge_options
+from fastcil.engine.preset_files import is_run_preset
+from fastcil.engine.presets import merge_options, preset_arguments
 from fastcil.engine.probe import probes
 from fastcil.engine.progress import make_progress
-from fastcil.engine.records import collect_records
+from fastcil.engine.records import collect_records, record_to_plain
 from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
 from fastcil.engine.scenario import Arrival, Scenario, pick
 from fastcil.engine.state import load_state, locked, save_state
@@ -31,9 +34,9 @@ CHECKPOINT, LEARNER, RESULT = "checkpoint.safetensors", "learner.safetensors", "
 
 def train(
     method: str,
-    data: Any = "scenes",
-    scenario: str | Scenario = "lfs-5",
-    memory: str | Budget = "2000 images",
+    data: Any = None,
+    scenario: str | Scenario | None = None,
+    memory: str | Budget | None = None,
     codec: str | None = None,
     seeds: Sequence[int] | int = (0,),
     device: str = "auto",
@@ -47,22 +50,25 @@ def train(
 
     Args:
         method: The composition, as in ``foster+cim``; `fastcil methods` lists what there is.
-        data: ``scenes`` (drawn by fastcil), a folder or ``.tar`` of ``train/<class>/...`` and
-            ``test/<class>/...``, an ``.npz``, ``cifar100``, arrays, torch datasets, a `Dataset`
-            or what else `fastcil.data.load` reads; relative names are also looked for in
-            ``FASTCIL_DATA``. ``"cifar100:classes=0-49,train_per_class=100"`` is a part of one.
-        scenario: New classes in each task: ``lfs-N``, ``lfh-N``, ``bA-incB``; the same with
-            the task known when predicting: ``task-N``; new images of all classes in each task:
-            ``data-N`` (see `fastcil.engine.scenario.split_classes`); or a `Scenario`.
-        memory: ``"64MiB"``, ``"2000 images"``, ``"20 images/class"`` or a `Budget`.
+        data: ``scenes`` (drawn by fastcil; the default), a folder or ``.tar`` of
+            ``train/<class>/...`` and ``test/<class>/...``, an ``.npz``, ``cifar100``, arrays, torch
+            datasets, a `Dataset` or what else `fastcil.data.load` reads; relative names are also
+            looked for in ``FASTCIL_DATA``. ``"cifar100:classes=0-49,train_per_class=100"`` is a
+            part of one.
+        scenario: New classes in each task: ``lfs-N`` (``lfs-5`` is the default), ``lfh-N``,
+            ``bA-incB``; the same with the task known when predicting: ``task-N``; new images of all
+            classes in each task: ``data-N`` (see `fastcil.engine.scenario.split_classes`); or a
+            `Scenario`.
+        memory: ``"64MiB"``, ``"2000 images"`` (default), ``"20 images/class"`` or a `Budget`.
         codec: How exemplars are stored, if no addon says.
         seeds: One run each; figures are means over them.
         device: ``auto``, ``cpu``, ``cuda``.
         run_dir: Where to keep config, log, checkpoints, result and report. A run that was
             stopped there goes on, to the same bits; a finished one is read.
-        preset: A YAML file of options, or the name of a published configuration that the method
-            or an addon has, such as ``cifar-b0`` of ``foster`` (`fastcil methods foster` lists
-            them); what is passed here wins over it.
+        preset: The name of a published run, such as ``cim/food101-lfs10``, which sets data,
+            scenario and memory too (`fastcil presets` lists them); or of a published configuration
+            that the method or an addon has, such as ``cifar-b0`` of ``foster`` (`fastcil methods
+            foster`); or a YAML file of options. What is passed here wins over it.
         backbone: Builds a feature extractor of the user's own.
         **options: Dotted option names -> values, as on the command line:
             ``**{"cim.threshold": 0.7}``.
@@ -82,7 +88,20 @@ def train(
         (2, 2)
     """
     merged = merge_options(preset, options, [method])
-    plan = make_plan(method, data, scenario, memory, codec, seeds, device, backbone, merged)
+    arguments = preset_arguments(preset, data=data, scenario=scenario, memory=memory)
+    announce(preset, arguments["data"], merged)
+    plan = make_plan(
+        method,
+        arguments["data"],
+        arguments["scenario"],
+        arguments["memory"],
+        codec,
+        seeds,
+        device,
+        backbone,
+        merged,
+        str(preset) if is_run_preset(preset) else None,
+    )
     folder = Path(run_dir) if run_dir is not None else None
     return run_plan(plan, folder)
 
@@ -91,6 +110,8 @@ def run_plan(plan: Plan, folder: Path | None) -> Result:
     """Runs, or goes on with, or reads what a plan describes."""
     if folder is not None:
         claim(folder, plan)
+    if plan.preset is not None and plan.settings.engine.progress and not _begun(folder):
+        tell_needs(plan)
     learners: list[Learner] = []
     outcomes = []
     for seed in plan.seeds:
@@ -111,6 +132,13 @@ def run_plan(plan: Plan, folder: Path | None) -> Result:
     )
     result.save(folder / RESULT)
     return result
+
+
+def _begun(folder: Path | None) -> bool:
+    """Whether some training was done there before."""
+    return folder is not None and any(
+        file.name in (CHECKPOINT, RESULT) for file in folder.glob("seed-*/*")
+    )
 
 
 class SeedRun:
@@ -244,6 +272,14 @@ class SeedRun:
         )
         correct = count_correct(method, context, test, len(order), tasks, further)
         limit = plan.budget.limit(len(order))
+        found = localisation_records(
+            learner,
+            plan.dataset,
+            plan.scenario.arrivals[task.index],
+            order,
+            next(iter(correct.values())),
+            self.outcome.tasks[-1].records if self.outcome.tasks else [],
+        )
         return TaskOutcome(
             classes=classes,
             correct=correct,
@@ -252,7 +288,10 @@ class SeedRun:
             limit=None if limit == float("inf") else limit,
             units=learner.memory.units,
             seconds=round(time.monotonic() - self._task_began, 3),
-            records=collect_records(learner, task, gallery=self.seed == plan.seeds[0]),
+            records=[
+                *collect_records(learner, task, gallery=self.seed == plan.seeds[0]),
+                *map(record_to_plain, found),
+            ],
             task_aware=task_aware,
         )
 

@@ -270,16 +270,25 @@ def _check_arrival(what: str, arrival: Arrival, dataset: Dataset, known: set[int
         raise FastcilError(f"{what} has no image of class {(empty or classes)[0]}; give it some.")
 
 
-def pick(examples: Examples, arrival: Arrival, order: Sequence[int]) -> Examples:
-    """The training data of one arrival, with labels in learning order."""
-    position = torch.full((max(max(order), int(examples.labels.max())) + 1,), -1)
+def places(order: Sequence[int], labels: Tensor) -> Tensor:
+    """Labels in learning order, int64 [N]; -1 for a class that is not in ``order``."""
+    position = torch.full((max(max(order), int(labels.max())) + 1,), -1)
     position[torch.tensor(order)] = torch.arange(len(order))
+    return position[labels.cpu()]
+
+
+def positions(examples: Examples, arrival: Arrival) -> Tensor:
+    """Which examples one arrival brings, int64, ascending."""
     labels = examples.labels.cpu()
     wanted = torch.isin(labels, torch.tensor(arrival.classes))
     if arrival.images is not None:
         chosen = torch.zeros_like(wanted)
         chosen[arrival.images.cpu()] = True
         wanted &= chosen
-    index = wanted.nonzero().flatten()
-    picked = examples.select(index)
-    return Examples(picked.images, position[labels[index]])
+    return wanted.nonzero().flatten()
+
+
+def pick(examples: Examples, arrival: Arrival, order: Sequence[int]) -> Examples:
+    """The training data of one arrival, with labels in learning order."""
+    picked = examples.select(positions(examples, arrival))
+    return Examples(picked.images, places(order, picked.labels))

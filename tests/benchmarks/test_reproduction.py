@@ -13,11 +13,14 @@ import yaml
 
 from fastcil.engine.arguments import parse_run
 from fastcil.engine.compare import compare
+from fastcil.engine.preset_files import preset_names
+from fastcil.engine.run import train
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "reproduction"
 SETTINGS = sorted(FOLDER.glob("*.yaml"))
 KEPT = sorted(FOLDER.glob("*.json"))
+PRESET_RUNS = sorted(FOLDER.glob("presets/*.json"))
 
 
 @pytest.fixture
@@ -74,11 +77,83 @@ def test_figures_are_kept_and_tabled(
     content = json.loads(path.read_text())
     assert content["command"].endswith("--config benchmarks/reproduction/tiny.yaml")
     assert [len(v["average"]) for v in content["per_seed"].values()] == [2, 2]
-    readme = reproduction.with_tables("a <!-- tiny -->\nold\n<!-- /tiny --> b")
-    assert readme.startswith("a <!-- tiny -->\n| method |") and readme.endswith("<!-- /tiny --> b")
+    place = "<!-- presets --><!-- /presets -->"
+    readme = reproduction.with_tables(f"a <!-- tiny -->\nold\n<!-- /tiny --> b {place}")
+    assert readme.startswith("a <!-- tiny -->\n| method |") and "<!-- /tiny --> b <!--" in readme
     assert "\n| `finetune` | " in readme and content["environment"]["commit"] in readme
     with pytest.raises(SystemExit, match="no place"):
         reproduction.with_tables("nothing")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**config, "seeds": [0]}))
     with pytest.raises(SystemExit, match="does not hold the seeds"):
         reproduction.keep("tiny", tmp_path / "runs")
+
+
+@pytest.mark.parametrize("kept", PRESET_RUNS, ids=lambda path: path.stem)
+def test_kept_runs_of_presets_name_no_machine(kept: Path) -> None:
+    text = kept.read_text()
+    content = json.loads(text)
+    assert kept.stem == content["preset"].replace("/", "-")
+    assert not re.search(r'"[^"]*(/home|/root|/tmp|/work|/Users)', text)
+    for run in content["runs"]:
+        assert re.fullmatch("[0-9a-f]{12}", run["environment"]["commit"]), "of a clean tree"
+
+
+def test_presets_that_were_not_run_are_empty(
+    reproduction: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduction, "FOLDER", tmp_path)
+    text = reproduction.preset_tables()
+    for name in preset_names():
+        assert f"\n| `{name}` | `" in text
+    row = next(line for line in text.splitlines() if line.startswith("| `cim/food101-lfs5` |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    wanted = ["`cim/food101-lfs5`", "`icarl`", "69.66", "Luo et al. (2023), Table 1"]
+    assert cells == [*wanted, *[""] * 7]
+    assert "19 presets, 0 methods' runs kept" in text
+
+
+def test_a_run_of_a_preset_is_kept_and_tabled(
+    reproduction: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduction, "FOLDER", tmp_path)
+    short = {"network.name": "resnet20", "network.width": 4, "engine.epoch_scale": 0.005}
+    data = "scenes:classes=4,size=32,train_per_class=4,test_per_class=4"
+
+    def run(method: str, seeds: tuple[int, ...], **options: object) -> Path:
+        folder = tmp_path / "runs" / f"{method}-{len(seeds)}"
+        train(
+            method,
+            data,
+            "lfs-2",
+            preset="cifar100/b0-10",
+            seeds=seeds,
+            run_dir=folder,
+            **{**short, "engine.progress": False, **options},
+        )
+        return folder
+
+    reproduction.keep_preset(run("icarl", (0,)))
+    path = reproduction.keep_preset(run("icarl", (0, 1, 2)))
+    assert reproduction.keep_preset(run("er", (1,), **{"er.later.lr": 0.01})) == path
+    content = json.loads(path.read_text())
+    assert path == tmp_path / "presets" / "cifar100-b0-10.json"
+    assert [run["method"] for run in content["runs"]] == ["icarl", "er"], "the later one counts"
+    icarl, er = content["runs"]
+    assert icarl["seeds"] == [0, 1, 2] and len(icarl["per_seed"]["last"]) == 3
+    assert {change.split(" ")[0] for change in icarl["changed"]} == {"data", "scenario", *short}
+    assert "er.later.lr 0.01" in er["changed"] and "memory" not in str(er["changed"])
+    rows = reproduction.preset_rows("cifar100/b0-10")
+    shown = {row[1]: row for row in rows}
+    mean, half = icarl["readouts"]["nme"]["average"]
+    assert shown["`icarl`"][2:8] == [
+        *("64.40 / 49.60", "PyCIL's plot (Zhou et al. 2023), read off to 0.3"),
+        *(f"{mean:.1f} ± {half:.1f}", shown["`icarl`"][5], "3", f"{icarl['hours']:.1f}"),
+    ]
+    assert shown["&emsp;linear"][4] and not shown["&emsp;linear"][6]
+    assert shown["`er`"][2] == "" and shown["`er`"][6] == "1"
+    assert shown["`wa`"][2:] == ["67.10 / 52.40", "", *[""] * 7]
+    assert all(len(row) == len(reproduction.PRESET_COLUMNS) for row in rows)
+    assert "19 presets, 0" in (text := reproduction.preset_tables()) and "10 presets, 2" in text
+    train("er", data, "lfs-2", run_dir=tmp_path / "plain", **short, **{"engine.progress": False})
+    with pytest.raises(SystemExit, match="is no run of a preset"):
+        reproduction.keep_preset(tmp_path / "plain")

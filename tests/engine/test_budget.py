@@ -27,22 +27,13 @@ from fastcil.memory import Memory
 
 SIZES = (3, 2, 1)
 COMPOSITIONS = [
-    "finetune",
-    "er",
-    "lwf",
-    "ewc",
-    "online-ewc",
-    "mas",
-    "osla",
-    "si",
-    "dlcft",
-    "dark",
-    "darkpp",
-    "icarl",
-    "der",
-    "foster",
+    *(name for name in METHODS if name != "joint"),
     "icarl+cam",
+    "icarl+aanets",
+    "er+mrdc",
+    "icarl+mrdc",
     "darkpp+cam",
+    "icarl+mnemonics",
     "der+cim",
     "foster+cim",
 ]
@@ -94,7 +85,8 @@ def check_boundary(learner: Learner) -> int:
     memory, budget = learner.memory, learner.budget
     state = memory.state()
     exemplars = sum(t.numel() * t.element_size() for t in state.values())
-    assert exemplars == nbytes_of(tensors_in(memory)), "memory holds more than it says"
+    held_in_all = nbytes_of(tensors_in(memory))
+    assert exemplars + memory.working_nbytes == held_in_all, "memory holds more than it says"
     retained = [e for part in learner.parts.learners for e in part.retained()]
     kinds = {entry.kind for entry in retained}
     counted = [e for e in retained if budget.count == "all" or e.kind in COUNTED]
@@ -164,7 +156,7 @@ def test_the_budget_is_kept_at_every_boundary(method, memory, boundaries) -> Non
             assert min(task.exemplars) >= 1 or (own and sum(map(bool, task.exemplars)) > known / 2)
             used = held if "B" in memory else task.units
             # A method that chooses itself makes room in advance, in the first task for raw images.
-            assert used >= (0.4 if own else 0.5) * task.limit
+            assert used >= (0.4 if own else 0.45) * task.limit
     assert not exceeds_budget(result)
     assert result.learner.memory.counts(6) == tasks[-1].exemplars
 

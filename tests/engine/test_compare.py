@@ -172,7 +172,7 @@ def test_ders_networks_are_counted_both_ways(compared) -> None:
         t.numel() * t.element_size() for e in extractors[1:] for t in e.state_dict().values()
     )
     assert rows["der"].all_nbytes - rows["der"].nbytes == networks > 0
-    means = Result.load(folder / "icarl+cam", backbone=ConvNet).learner.method.means
+    means = Result.load(folder / "icarl+cam", backbone=ConvNet).learner.method.nearest.means
     assert rows["icarl+cam"].all_nbytes - rows["icarl+cam"].nbytes == means.nbytes > 0
 
 

@@ -6,8 +6,8 @@ import torch
 
 from fastcil.contract import Task
 from fastcil.data import Examples, ImageStore
-from fastcil.engine.gallery import exemplar_gallery
-from fastcil.memory import Memory
+from fastcil.engine.gallery import _scale, exemplar_gallery
+from fastcil.memory import Memory, make_codec
 from fastcil.memory.codecs.raw import RawCodec
 
 AMBER = (255, 190, 0)
@@ -162,3 +162,28 @@ def test_large_images_are_compared_at_sampled_values():
         original, exemplar = (half.astype(int) for half in halves(pair))
         assert 0 < (original - exemplar).mean() < 16
         assert (original - exemplar).max() < 20
+
+
+def test_exemplars_that_the_codec_shrank_stand_beside_their_originals():
+    task, boxes = make_task(sizes=((64, 64), (80, 60)), classes=2, per_class=8)
+    memory = remember(task, boxes, codec=make_codec("bbox", foreground_ratio=2.0))
+    payload = exemplar_gallery(task, memory, NAMES).payload
+    assert len(payload["images"]) == 6
+    # What is drawn on the left is the image that was shrunk: the first four of either class.
+    small = memory.codec.encode(task.examples.images, boxes)
+    originals = task.examples.images
+    for pair in payload["images"]:
+        matches = [
+            k
+            for k in range(len(originals))
+            if np.array_equal(pair[:, -picture(small, k).shape[1] :], picture(small, k))
+        ]
+        assert len(matches) == 1
+        shown = picture(originals, matches[0])
+        left = pair[:, : shown.shape[1]]
+        assert (left == shown).all(2).mean() > 0.8, "but for the lines of its box"
+
+
+def picture(store, k):
+    """An image as the gallery scales it."""
+    return _scale(store.image(k).numpy())

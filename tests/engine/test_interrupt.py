@@ -10,30 +10,22 @@ import pytest
 from backbones import ConvNet
 
 from fastcil import FastcilError, Learner, train
+from fastcil.contract.registry import METHODS
 from fastcil.engine.result import Result
 from fastcil.engine.run import SeedRun
 from fastcil.engine.state import load_state
 from fastcil.engine.trainer import Trainer
 
-METHODS = [
-    "finetune",
-    "joint",
-    "er",
-    "lwf",
-    "ewc",
-    "online-ewc",
-    "mas",
-    "osla",
-    "si",
-    "dlcft",
-    "dark",
-    "darkpp",
-    "icarl",
-    "der",
-    "foster",
+COMPOSITIONS = [
+    *METHODS,
     "icarl+cam",
+    "icarl+mrdc",
     "darkpp+cam",
+    "icarl+mnemonics",
     "der+cim",
+    "podnet+cim",
+    "icarl+aanets",
+    "lucir+aanets",
     "foster+cim",
 ]
 OPTIONS = {
@@ -47,6 +39,7 @@ OPTIONS = {
 SHORT = {
     "cam.refresh": 1,
     "cim.refresh": 1,
+    "aanets.gradients": "summed",
     "cim.steps_per_class": 1.0,
     "der.representation.warmup": 100,
 }
@@ -92,7 +85,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Interruptions:
     return Interruptions(monkeypatch)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COMPOSITIONS)
 def test_stopped_again_and_again_ends_in_the_same_bits(
     method, interruptions, tmp_path: Path, assert_same
 ) -> None:

@@ -179,7 +179,7 @@ def test_icarl_exports_what_it_predicts_by(tmp_path) -> None:
     program = torch.export.load(learner.export(tmp_path / "icarl.pt2", format="torch"))
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), evaluating(learner.method):
-        scores, linear = learner.method.nearest_mean(images), learner.method.logits(images)
+        scores, linear = (readout(images) for readout in learner.method.readouts().values())
     got = program.module()(images)
     torch.testing.assert_close(got, scores, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got, linear, atol=1e-2)

@@ -264,8 +264,12 @@ def test_a_real_run_shows_its_exemplars_and_stages(tmp_path):
     result = train("er", data, "lfs-2", "8 images", run_dir=tmp_path, **options)
     page = check(write_report(tmp_path))
     records = [r for task in result.outcomes[0].tasks for r in task.records]
-    assert [r["title"] for r in records] == ["Exemplars of task 1", "Exemplars of task 2"]
-    assert page.values("src") == [uri for r in records for uri in r["payload"]["images"]]
+    assert [r["title"] for r in records] == [
+        "Exemplars of task 1",
+        "Exemplars of task 2",
+        "Accuracy by object size, by true boxes",
+    ]
+    assert page.values("src") == [uri for r in records[:2] for uri in r["payload"]["images"]]
     for line in (tmp_path / "seed-0" / "events.jsonl").read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
         if event["event"] == "stage":

@@ -1,0 +1,204 @@
+"""Presets of whole runs: they parse, compose, and are the papers' cells."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fastcil
+from fastcil.cli import main
+from fastcil.contract.registry import ADDONS, METHODS
+from fastcil.engine.arguments import parse_run
+from fastcil.engine.compare import compare
+from fastcil.engine.groups import GROUPS
+from fastcil.engine.options import check_keys, config_types, make_settings
+from fastcil.engine.parts import Parts
+from fastcil.engine.preset_files import ARGUMENTS, is_run_preset, preset_names, read_preset
+from fastcil.engine.run import train
+from fastcil.engine.scenario import split_classes
+from fastcil.errors import FastcilError
+from fastcil.memory import Budget
+from fastcil.methods.foster import Foster
+from fastcil.methods.lucir import LUCIR
+
+FILES = sorted((Path(fastcil.__file__).parent / "presets").glob("*/*.yaml"))
+CLASSES = {"food101": 101, "imagenet100:list=lucir": 100, "imagenet": 1000, "cifar100": 100}
+SHARED = {"title", "images", "configs", "runs", *ARGUMENTS}
+# Of the runs of one file the first that a method is in: they differ in tasks and memory.
+CELLS = [
+    (name, method)
+    for (_, method), name in {
+        (name.partition("-")[0], figure.method): name
+        for name in reversed(preset_names())
+        for figure in read_preset(name).published
+    }.items()
+]
+TINY = "scenes:classes=4,size=32,train_per_class=6,test_per_class=4"
+SHORT = {"network.name": "resnet20", "network.width": 4, "engine.epoch_scale": 0.005}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_files_hold_nothing_unknown(file: Path) -> None:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for own in content["runs"].values():
+        assert set(own) <= {"published", *ARGUMENTS, *GROUPS, *METHODS, *ADDONS}
+    assert set(content) <= {*SHARED, *GROUPS, *METHODS, *ADDONS}
+    assert set(content["configs"]) <= {*METHODS, *ADDONS}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_a_run(name: str) -> None:
+    preset = read_preset(name)
+    data, scenario, memory = preset.arguments.values()
+    sizes = split_classes(scenario, CLASSES[data])
+    protocol, tasks = re.fullmatch(r"(lfs|lfh)-(\d+)", scenario).groups()  # type: ignore[union-attr]
+    assert len(sizes) == int(tasks) + (protocol == "lfh") and sum(sizes) == CLASSES[data]
+    budget = Budget.parse(memory)
+    # Luo et al. (2023), Sec. 5.1: fixed from scratch, growing from half.
+    assert budget.unit == "images" and budget.growing == (protocol == "lfh")
+    totals = {"food101": [2020], "imagenet": [20000, 5000]}.get(data, [2000])
+    assert budget.amount in ([20] if budget.growing else totals)
+    names = [*METHODS, *(f"icarl+{addon}" for addon in ADDONS)]
+    check_keys(preset.options_for(names), config_types(names))
+    assert preset.images["train"] > preset.images["test"] and preset.title
+
+
+@pytest.mark.parametrize(("name", "method"), CELLS)
+def test_every_method_of_the_tables_composes(name: str, method: str) -> None:
+    preset = read_preset(name)
+    settings = make_settings(method, preset.options_for([method]))
+    augment = settings.groups["augment"]
+    budget = Budget.parse(preset.arguments["memory"])
+    parts = Parts.build(settings, budget, torch.device("cpu"), augment.size, augment.crop, None)
+    assert parts.augmentation.size == (32 if "cifar" in name else 224)
+    assert (parts.augmentation.policy != "none") == parts.method.auto_augment
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.endswith("10")])
+def test_the_command_line_has_the_same_options(name: str) -> None:
+    preset = read_preset(name)
+    parsed = parse_run("train", ["--preset", name, "--method", "foster"])
+    assert {key: parsed[key] for key in ARGUMENTS} == preset.arguments and parsed["preset"] == name
+    settings = make_settings("foster", preset.options_for(["foster"]))
+    mine = {key: value for key, value in parsed.items() if key in settings.groups}
+    assert settings == make_settings("foster", mine)
+
+
+FIGURES = [
+    # Table, method, average, last
+    ("cim/food101-lfs10", "foster+cim", 74.85, None),
+    ("cim/food101-lfh25", "podnet+aanets", 66.93, None),
+    ("cim/imagenet100-lfs5", "der+cim", 79.63, None),
+    ("cim/imagenet100-lfs10", "foster+cim", 77.94, 71.12),
+    ("cim/imagenet100-lfh10", "lucir+mrdc", 72.81, None),
+    ("cim/imagenet1000-lfs10-20k", "foster+cim", 69.53, 62.07),
+    ("cim/imagenet1000-lfs10-5k", "foster", 54.72, 44.96),
+    ("cim/imagenet1000-lfh25", "lucir+mnemonics", 63.08, None),
+    ("cifar100/b0-10", "foster", 72.90, None),
+    ("cifar100/b50-10-resnet18", "der", 72.81, 65.64),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "average", "last"), FIGURES)
+def test_published_figures(name: str, method: str, average: float, last: float | None) -> None:
+    (figure,) = [f for f in read_preset(name).published if f.method == method]
+    assert (figure.average, figure.last) == (average, last) and figure.source
+
+
+def test_every_cell_of_the_tables_is_there() -> None:
+    counts = dict.fromkeys(("Table 1", "Table 2", "Table 4"), 0)
+    for name in preset_names():
+        for figure in read_preset(name).published:
+            for table in counts:
+                counts[table] += figure.source.replace("Tables 1 and 5", "Table 1").endswith(table)
+    # Table 1: 8 methods in 12 columns, but for DER and DER + CIM at N=25 (LFH), twice.
+    assert counts == {"Table 1": 8 * 12 - 4, "Table 2": 2 * 5 + 2 * 2, "Table 4": 4 * 6}
+
+
+def test_methods_take_their_published_configs() -> None:
+    def config(name: str, method: str) -> object:
+        return make_settings(method, read_preset(name).options_for([method])).groups[method]
+
+    assert config("cim/food101-lfs10", "foster") == Foster.PRESETS["food101"]
+    assert config("cim/imagenet100-lfh5", "foster") == Foster.PRESETS["imagenet"]
+    assert config("cifar100/b50-5", "foster") == Foster.PRESETS["cifar-b50"]
+    assert config("cifar100/b0-10", "foster") == Foster.PRESETS["cifar-b0"]
+    five = config("cifar100/b0-5", "foster")
+    assert [five.beta1_at(k) for k in range(1, 5)] == [0.97, 0.96, 0.95, 0.94]  # type: ignore[attr-defined]
+    twenty = config("cifar100/b0-20", "foster")
+    assert {twenty.beta1_at(k) for k in range(1, 20)} == {0.96}  # type: ignore[attr-defined]
+    lucir = config("cim/imagenet1000-lfh5", "lucir")
+    assert lucir.finetune and lucir.transfer  # type: ignore[attr-defined]
+    assert not LUCIR.PRESETS["imagenet-1000"].transfer
+    # One that a preset does not speak of keeps its defaults.
+    assert config("cim/food101-lfs10", "er") == make_settings("er").groups["er"]
+
+
+def test_what_is_said_outright_wins(tmp_path: Path) -> None:
+    flags = ["--preset=cim/food101-lfs10", "--method=foster+cim", "--memory=64MiB"]
+    parsed = parse_run("train", [*flags, "--foster.beta1=0.5", "--network.width=8"])
+    assert (parsed["memory"], parsed["scenario"]) == ("64MiB", "lfs-10")
+    assert parsed["foster"]["beta1"] == 0.5 and parsed["network"]["width"] == 8
+    assert parsed["foster"]["boosting"]["batch_size"] == 256
+    file = tmp_path / "run.yaml"
+    file.write_text("methods: [foster, der]\npreset: cim/imagenet100-lfs20\nscenario: lfs-4\n")
+    parsed = parse_run("compare", [f"--config={file}"])
+    assert (parsed["scenario"], parsed["data"]) == ("lfs-4", "imagenet100:list=lucir")
+    assert parsed["der"]["representation"]["epochs"] == 220
+    assert parse_run("compare", [f"--config={file}", "--data=x"])["data"] == "x"
+
+
+def test_a_run_keeps_the_name_of_its_preset(tmp_path: Path) -> None:
+    run = {"data": TINY, "scenario": "lfs-2", **SHORT, "engine.progress": False}
+    result = train("icarl", preset="cifar100/b0-5", run_dir=tmp_path / "a", **run)
+    assert result.config["preset"] == "cifar100/b0-5" and result.config["memory"] == "2000 images"
+    assert result.config["icarl"]["loss"] == "softmax"
+    again = ["train", f"--config={tmp_path / 'a' / 'config.yaml'}", f"--run_dir={tmp_path / 'a'}"]
+    assert main(again) == 0
+    # The name is no part of what is computed: the same by other means goes on there.
+    plain = train(
+        "icarl",
+        preset="pycil",
+        run_dir=tmp_path / "a",
+        memory="2000 images",
+        **run,
+        **{"network.stem": "cifar", "augment.size": 32, "augment.crop": "padded"},
+    )
+    assert plain.accuracy_matrix[1, 0] == result.accuracy_matrix[1, 0]
+    compared = compare("er,icarl", preset="cifar100/b0-5", **run)
+    assert compared.results["er"].config["preset"] == "cifar100/b0-5"
+    assert compared.results["icarl"].config["icarl"]["loss"] == "softmax"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("cim/food101-lfs11", r"did you mean 'cim/food101-lfs10'\?$"),
+        ("none/at-all", r"'fastcil presets' lists them\.$"),
+    ],
+)
+def test_an_unknown_one_is_answered_with_the_nearest(name: str, says: str) -> None:
+    with pytest.raises(FastcilError, match=says) as caught:
+        train("er", TINY, "lfs-2", preset=name)
+    assert "\n" not in str(caught.value)
+    assert main(["train", "--method=er", f"--preset={name}"]) == 2
+
+
+def test_which_names_are_runs() -> None:
+    assert all(is_run_preset(name) for name in preset_names())
+    assert not any(map(is_run_preset, (None, "pycil", "my/own.yaml", Path("a/b"))))
+
+
+def test_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    out = capsys.readouterr().out
+    for name in preset_names():
+        assert re.search(rf"^{name} +\S+ +lf[sh]-\d+ +20\d* images", out, re.M) or "5k" in name
+    assert main(["presets", "cim/imagenet1000-lfs5-5k"]) == 0
+    out = capsys.readouterr().out
+    assert "memory: 5000 images" in out and "57.19 / 49.42" in out
+    assert main(["presets", "cim/imagenet1000"]) == 2 and main(["presets", "a", "b"]) == 2
