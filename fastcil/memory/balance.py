@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastcil.contract import Task
+from fastcil.contract import Method, Stream, Task, evaluating
 from fastcil.data import Examples
 from fastcil.memory.selection import herding
 
@@ -72,3 +72,40 @@ def herded_subset(task: Task, embed: Callable[[Examples], Tensor]) -> Tensor:
             mine = mine[herding(embed(images), most).cpu()]
         chosen.append(mine)
     return torch.cat(chosen).sort().values
+
+
+class BalancedSet(nn.Module):
+    """What a method finetunes on once it has learned a task: `herded_subset`, by its features.
+
+    A part of the method, whose saved state it belongs to: a run that stops in the middle of the
+    finetuning goes on with the same images.
+
+    Attributes:
+        positions: In ``task.examples`` followed by ``task.exemplars``; none between tasks.
+            # int64 [n]
+
+    Example:
+        >>> len(BalancedSet().positions)
+        0
+    """
+
+    positions: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.empty(0, dtype=torch.int64))
+
+    def choose(self, method: Method, task: Task) -> None:
+        """Chooses by the features that the method has now, in evaluation mode."""
+        with evaluating(method):
+            chosen = herded_subset(task, lambda new: method.context.scan(method.embed, new))
+        self.positions = chosen.to(self.positions.device)
+
+    def stream(self, task: Task, batch_size: int) -> Stream:
+        """The stream of a stage whose ``begin`` chooses."""
+        everything = (task.examples, task.exemplars)
+        return Stream(everything, batch_size, subset=lambda: self.positions.cpu())
+
+    def forget(self) -> None:
+        """Lets the choice go."""
+        self.positions = self.positions.new_empty(0)

@@ -22,10 +22,8 @@ from fastcil.contract import (
     check_choices,
     check_not_negative,
     check_positive,
-    evaluating,
 )
-from fastcil.data import Examples
-from fastcil.memory.balance import herded_subset
+from fastcil.memory.balance import BalancedSet
 from fastcil.nn import Network, distillation_by_layer
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
@@ -53,7 +51,6 @@ class EEIL(Method):
     is there for this stage only. Without exemplars there is nothing to balance, and no such stage.
 
     Attributes:
-        subset: What the fine-tuning reads, positions in new images and exemplars.  # [n]
         brought: Classes that each task brought.  # [tasks]
 
     Example:
@@ -98,14 +95,13 @@ class EEIL(Method):
             check_positive("temperature", self.temperature)
 
     config: Config
-    subset: Tensor  # [n]
     brought: Tensor  # [tasks]
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
         self.trained: Network | None = None
-        self.register_buffer("subset", torch.empty(0, dtype=torch.int64))
+        self.balanced = BalancedSet()
         self.register_buffer("brought", torch.empty(0, dtype=torch.int64))
 
     def begin_task(self, task: Task) -> None:
@@ -143,7 +139,7 @@ class EEIL(Method):
                 name="finetuning",
                 method=self,
                 objective=partial(self._finetuning, task.known, [n for n in layers if n]),
-                streams=(Stream(everything, tune.batch_size, subset=lambda: self.subset.cpu()),),
+                streams=(self.balanced.stream(task, tune.batch_size),),
                 recipe=tune,
                 parameters=self.network.trained_parameters,
                 begin=partial(self._begin_finetuning, task),
@@ -180,14 +176,9 @@ class EEIL(Method):
     def _begin_finetuning(self, task: Task) -> None:
         """Keeps a copy of the network as it is now, and chooses what the stage reads."""
         self.trained = frozen_copy(self.network)
-
-        def embed(examples: Examples) -> Tensor:
-            return self.context.scan(self.embed, examples)
-
-        with evaluating(self):
-            self.subset = herded_subset(task, embed).to(self.subset.device)
+        self.balanced.choose(self, task)
 
     def end_task(self, task: Task) -> None:
         """Lets the teachers go, and the choice of images."""
         self.teacher = self.trained = None
-        self.subset = self.subset.new_empty(0)
+        self.balanced.forget()

@@ -9,7 +9,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +28,7 @@ from fastcil.contract import (
     evaluating,
 )
 from fastcil.errors import FastcilError
-from fastcil.memory.balance import herded_subset
+from fastcil.memory.balance import BalancedSet
 from fastcil.memory.means import NearestMean
 from fastcil.nn import CosineHead, Network, distillation, masked_mean, scale_convolutions
 from fastcil.nn.lifecycle import channels, frozen_copy, with_head
@@ -138,13 +137,12 @@ class LUCIR(Method):
 
     config: Config
     published_network = MappingProxyType({"last_relu": False})
-    subset: Tensor  # int64 [n], what the classifier is finetuned on
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
         self.nearest = NearestMean(config.flip_means)
-        self.register_buffer("subset", torch.empty(0, dtype=torch.int64))
+        self.balanced = BalancedSet()
 
     @property
     def head(self) -> CosineHead:
@@ -201,9 +199,7 @@ class LUCIR(Method):
                     name="finetuning",
                     method=self,
                     objective=objective,
-                    streams=(
-                        Stream(everything, recipe.batch_size, subset=lambda: self.subset.cpu()),
-                    ),
+                    streams=(self.balanced.stream(task, recipe.batch_size),),
                     recipe=recipe,
                     parameters=lambda: [self.head.old, self.head.new],
                     begin=partial(self._begin_finetuning, task),
@@ -253,14 +249,12 @@ class LUCIR(Method):
     def _begin_finetuning(self, task: Task) -> None:
         """Freezes the extractor, batch norms included, and chooses a balanced set."""
         self.network.freeze(0)
-        with evaluating(self):
-            chosen = herded_subset(task, lambda examples: self.context.scan(self.embed, examples))
-        self.subset = chosen.to(self.subset.device)
+        self.balanced.choose(self, task)
 
     def end_task(self, task: Task) -> None:
         """Takes the class means of the new exemplars, and lets the teacher go."""
         self.teacher = None
-        self.subset = self.subset.new_empty(0)
+        self.balanced.forget()
         self.nearest.take(self, task)
 
     def retained(self) -> list[Retained]:

@@ -27,7 +27,7 @@ from fastcil.contract import (
     check_positive,
     evaluating,
 )
-from fastcil.memory.balance import herded_subset
+from fastcil.memory.balance import BalancedSet
 from fastcil.memory.means import NearestMean
 from fastcil.nn import Network, ProxyHead, margin_nca, nca, pod_flat, pod_spatial
 from fastcil.nn.clusters import cluster_centres
@@ -113,13 +113,12 @@ class PODNet(Method):
 
     config: Config
     published_network = MappingProxyType({"last_relu": False, "zero_init_residual": True})
-    subset: Tensor  # int64 [n], what the proxies are finetuned on
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
         self.nearest = NearestMean(flip=True)
-        self.register_buffer("subset", torch.empty(0, dtype=torch.int64))
+        self.balanced = BalancedSet()
 
     @property
     def head(self) -> ProxyHead:
@@ -179,16 +178,10 @@ class PODNet(Method):
                     name="finetune",
                     method=self,
                     objective=lambda batch: self._classify(self.network(batch.images), batch),
-                    streams=(
-                        Stream(
-                            everything,
-                            config.finetune.batch_size,
-                            subset=lambda: self.subset.cpu(),
-                        ),
-                    ),
+                    streams=(self.balanced.stream(task, config.finetune.batch_size),),
                     recipe=config.finetune,
                     parameters=lambda: [self.head.old, self.head.new],
-                    begin=partial(self._choose, task),
+                    begin=partial(self.balanced.choose, self, task),
                 )
             )
         return stages
@@ -220,16 +213,10 @@ class PODNet(Method):
         margin = self.head.scale * self.config.margin
         return {"classification": margin_nca(logits, batch.labels, margin)}
 
-    def _choose(self, task: Task) -> None:
-        """Chooses the balanced set by the features that the task has led to."""
-        with evaluating(self):
-            chosen = herded_subset(task, lambda examples: self.context.scan(self.embed, examples))
-        self.subset = chosen.to(self.subset.device)
-
     def end_task(self, task: Task) -> None:
         """Takes the class means of the new exemplars, and lets the teacher go."""
         self.teacher = None
-        self.subset = self.subset.new_empty(0)
+        self.balanced.forget()
         self.nearest.take(self, task)
 
     def retained(self) -> list[Retained]:

@@ -118,7 +118,7 @@ def test_the_temporary_teacher_is_the_network_just_trained(lab):
     assert set(loop.trained["finetuning"]) == set(loop.trained["training"])
     assert not any("teacher" in n or n.startswith("trained") for n in loop.trained["finetuning"])
     method.end_task(lab.after(second))
-    assert method.teacher is None and method.trained is None and not len(method.subset)
+    assert method.teacher is None and method.trained is None and not len(method.balanced.positions)
     assert method.structure().keys() == {"network"}
 
 
@@ -138,7 +138,7 @@ def test_the_balanced_set_is_herded_with_the_network_just_trained(lab):
     lab.Loop().begin(finetuning)
     assert finetuning.streams[0].pool().tolist() == sorted(expected)
     labels = torch.cat([p.labels for p in finetuning.streams[0].parts])
-    assert Counter(labels[method.subset].tolist()) == dict.fromkeys(range(5), 4)
+    assert Counter(labels[method.balanced.positions].tolist()) == dict.fromkeys(range(5), 4)
 
 
 def test_no_finetuning_without_exemplars_or_in_the_first_task(lab):

@@ -156,10 +156,10 @@ def test_balanced_finetuning_touches_the_rows_alone(lab):
     loop.run(finetuning)
     after = method.state_dict()
     moved = {k for k, v in before.items() if k in after and not torch.equal(after[k], v)}
-    assert moved - {"subset"} == {"network.head.old", "network.head.new"}
+    assert moved - {"balanced.positions"} == {"network.head.old", "network.head.new"}
     assert method.network.frozen == () and method.network.extractors[0].training
     method.end_task(lab.after(second))
-    assert not len(method.subset)
+    assert not len(method.balanced.positions)
 
 
 def lab_stages(method, task):

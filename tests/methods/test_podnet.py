@@ -221,9 +221,11 @@ def test_the_second_stage_sees_a_herded_balanced_set_by_features_of_the_first(la
     loop.run(main)
     with evaluating(method):
         wanted = herded_subset(second, lambda e: lab.context.scan(method.embed, e))
-    assert len(method.subset) == 0
+    assert len(method.balanced.positions) == 0
     loop.begin(finetune)
-    assert torch.equal(method.subset, wanted) and torch.equal(finetune.streams[0].pool(), wanted)
+    assert torch.equal(method.balanced.positions, wanted) and torch.equal(
+        finetune.streams[0].pool(), wanted
+    )
     labels = torch.cat([second.examples.labels, second.exemplars.labels])[wanted]
     assert labels.bincount().tolist() == [4] * 5
     assert method.network.training
@@ -231,7 +233,7 @@ def test_the_second_stage_sees_a_herded_balanced_set_by_features_of_the_first(la
     batch = lab.batch_of(finetune.streams[0], wanted[:6])
     assert list(finetune.loss(batch)) == ["classification"]
     method.end_task(lab.after(second))
-    assert len(method.subset) == 0 and method.teacher is None
+    assert len(method.balanced.positions) == 0 and method.teacher is None
 
 
 def test_no_second_stage_without_old_exemplars_or_epochs(lab):
