@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastcil.addons.alpha import AlphaStage, balanced_positions, sum_gradients
+from fastcil.addons.alpha import AlphaStage, sum_gradients
 from fastcil.contract import (
     Addon,
     Context,
@@ -25,6 +25,7 @@ from fastcil.contract import (
     check_positive,
 )
 from fastcil.errors import CompositionError, FastcilError
+from fastcil.memory.balance import drawn_subset
 from fastcil.nn import AggregatedBackbone
 from fastcil.nn.aggregation import aggregate
 from fastcil.nn.scaling import has_scales
@@ -154,12 +155,7 @@ class AANets(Addon):
 
     def stages(self, task: Task, stages: list[Stage]) -> list[Stage]:
         """The method's stages without alpha, and with its steps where they learn the new data."""
-        primary = [stage for stage in stages if stage.primary]
-        if not primary:
-            raise CompositionError(
-                f"addon 'aanets' accompanies the stage that learns the new data, and "
-                f"{type(self.method).__name__} marks none of its stages with primary=True."
-            )
+        primary = self.primary("aanets", stages)
         if self._branches() is None:
             return stages
         for stage in stages:
@@ -183,7 +179,7 @@ class AANets(Addon):
         stream = Stream(
             (task.examples, task.exemplars),
             main.recipe.batch_size,
-            balanced_positions(task, config.per_class),
+            drawn_subset(task, config.per_class),
         )
         return AlphaStage(
             main,

@@ -1,4 +1,4 @@
-"""The steps of AANets' aggregation weights, and the balanced data that they see."""
+"""The steps of AANets' aggregation weights."""
 
 from __future__ import annotations
 
@@ -9,36 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcil.contract import Batch, Losses, Stage, Stepper, Stream, Task, evaluating, total
-
-
-def balanced_positions(task: Task, per_class: int = 0) -> Tensor:
-    """Positions of all exemplars and of some new images of each class, drawn by chance.
-
-    Args:
-        task: Its classes' images, and what memory holds, at least one exemplar.
-        per_class: Images of each new class, all if it has no more; 0: as many as the old class
-            with the most exemplars has.
-
-    Returns:
-        int64 [n] on the CPU, ascending, positions in ``task.examples`` followed by
-        ``task.exemplars``; the same ones for a task of the same index.
-
-    Example:
-        >>> from fastcil.data import Examples, ImageStore
-        >>> store = ImageStore.from_batch(torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
-        >>> new = Examples(store, torch.tensor([1, 1, 2, 2]))
-        >>> old = Examples(store.select([0]), torch.tensor([0]))
-        >>> task = Task(index=1, classes=(1, 2), known=1, examples=new, exemplars=old)
-        >>> balanced_positions(task), len(balanced_positions(task, per_class=2))
-        (tensor([1, 3, 4]), 5)
-    """
-    labels, held = task.examples.labels.cpu(), task.exemplars.labels.cpu()
-    wanted = per_class or int(held.bincount().max())
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(task.index))
-    chosen = [order[labels[order] == label][:wanted] for label in task.classes]
-    kept = torch.arange(len(labels), len(labels) + len(held))
-    return torch.cat([*chosen, kept]).sort().values
+from fastcil.contract import Batch, Losses, Stage, Stepper, Stream, evaluating, total
 
 
 class AlphaStage(Stage):

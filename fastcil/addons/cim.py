@@ -193,12 +193,7 @@ class CIM(Addon):
 
     def stages(self, task: Task, stages: list[Stage]) -> list[Stage]:
         """The method's stages; those that learn the new data with mask-level steps."""
-        primary = [stage for stage in stages if stage.primary]
-        if not primary:
-            raise CompositionError(
-                f"addon 'cim' accompanies the stage that learns the new data, and "
-                f"{type(self.method).__name__} marks none of its stages with primary=True."
-            )
+        primary = self.primary("cim", stages)
         for stage in primary if self.learns else ():
             if self.config.optimisation == "joint":
                 train_jointly(stage, self._joint_objective(task, stage))

@@ -24,7 +24,6 @@ from fastcil.curvature import largest_eigenvalue
 from fastcil.curvature.anchor import draws
 from fastcil.curvature.outputs import Likelihood
 from fastcil.data import Examples
-from fastcil.errors import CompositionError
 
 _LOSSES = {"categorical": "softmax cross-entropy", "gaussian": "squared error"}
 
@@ -79,12 +78,7 @@ class Fisher(Addon):
 
     def stages(self, task: Task, stages: list[Stage]) -> list[Stage]:
         """The method's stages; those that learn the new data are watched."""
-        watched = [stage for stage in stages if stage.primary]
-        if not watched:
-            raise CompositionError(
-                f"addon 'fisher' watches the stage that learns the new data, and "
-                f"{type(self.method).__name__} marks none of its stages with primary=True."
-            )
+        watched = self.primary("fisher", stages)
         order = torch.randperm(len(task.examples), generator=draws(task.index))
         sample = task.examples.select(order[: self.config.samples])
         self._epochs = 0

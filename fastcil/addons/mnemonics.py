@@ -26,6 +26,7 @@ from fastcil.contract import (
     evaluating,
 )
 from fastcil.data import Examples, ImageStore
+from fastcil.data.ranks import rank_in_class
 from fastcil.errors import CompositionError, FastcilError
 
 _RELEASED = Recipe(epochs=1, lr=1e-5, schedule="constant")
@@ -285,11 +286,7 @@ def _split(task: Task) -> tuple[Tensor, Tensor]:
 
 def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of every second image of each class, and of the others, int64."""
-    order = labels.argsort(stable=True)
-    counts = torch.bincount(labels)
-    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
-    odd = torch.empty(len(labels), dtype=torch.bool)
-    odd[order] = rank % 2 == 1
+    odd = rank_in_class(labels) % 2 == 1
     return (~odd).nonzero().flatten(), odd.nonzero().flatten()
 
 

@@ -15,6 +15,7 @@ from fastcil.contract.retained import Retained
 from fastcil.contract.stage import Stage
 from fastcil.contract.task import Task
 from fastcil.data import Examples, ImageStore
+from fastcil.errors import CompositionError
 
 Fitting = Callable[[Tensor, Tensor], int]
 """(costs in the papers' images [N], bytes [N]) of exemplars of one class, the most wanted first ->
@@ -57,6 +58,24 @@ class Addon(Persistent):
 
     def check(self, method: Method) -> None:
         """Raises `CompositionError`, with the reason, if it can't work with ``method``."""
+
+    def primary(self, name: str, stages: list[Stage]) -> list[Stage]:
+        """Those of a method's stages that learn the new data.
+
+        Args:
+            name: The addon's own, for the sentence.
+            stages: All of them.
+
+        Raises:
+            CompositionError: There is none.
+        """
+        found = [stage for stage in stages if stage.primary]
+        if not found:
+            raise CompositionError(
+                f"addon '{name}' accompanies the stage that learns the new data, and "
+                f"{type(self.method).__name__} marks none of its stages with primary=True."
+            )
+        return found
 
     def codec_options(self) -> dict[str, Any]:
         """Settings of the codec it brings; asked anew after each ``prepare_memory``."""

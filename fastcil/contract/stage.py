@@ -65,6 +65,15 @@ class Stream:
             return len(self.subset)
         return sum(len(part) for part in self.parts)
 
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch of it: a last image alone is left out.
+
+        Batch normalisation has no variance to estimate from one image.
+        """
+        full, rest = divmod(len(self), self.batch_size)
+        return full + (rest > 1 or (full == 0 and rest > 0))
+
     def pool(self) -> Tensor:
         """The positions it draws from now, int64 on the CPU."""
         if self.subset is None:

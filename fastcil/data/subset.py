@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastcil.data.ranks import rank_in_class
 from fastcil.data.store import Dataset, Examples
 from fastcil.errors import DataError
 
@@ -276,10 +277,8 @@ def _ranges(classes: Sequence[int]) -> str:
 
 def _spread(labels: torch.Tensor, per_class: int) -> torch.Tensor:
     """Positions of the images at floor(i n / k) of each class, ascending, int64 [M]."""
-    by_class = labels.argsort(stable=True)
-    counts = labels.bincount()
-    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    n, k = counts[labels[by_class]], per_class
+    place = rank_in_class(labels)
+    n, k = labels.bincount()[labels], per_class
     number = (place * k + n - 1) // n  # the only i whose floor(i n / k) can be this place
     taken = (n <= k) | ((number * n // k == place) & (number < k))
-    return by_class[taken].sort().values
+    return taken.nonzero().flatten()

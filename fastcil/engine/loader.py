@@ -50,13 +50,8 @@ class Loader:
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch: the first stream once; a last image alone is left out."""
-        if not self._readers:
-            return 0
-        stream = self._readers[0].stream
-        full, rest = divmod(len(stream), stream.batch_size)
-        # Batch normalisation has no variance to estimate from one image.
-        return full + (rest > 1 or (full == 0 and rest > 0))
+        """Steps of an epoch: the first stream once."""
+        return self._readers[0].stream.steps if self._readers else 0
 
     def batches(self, epoch: int, step: int) -> list[Batch]:
         """One batch per stream for this step; none for a subset that is empty now."""

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fastcil.contract import Stage, Stream, Task
 from fastcil.data import Examples
+from fastcil.data.ranks import rank_in_class
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.parts import Parts
 from fastcil.engine.plan import Plan
 from fastcil.engine.resolve import natural_look, pick_device
-from fastcil.engine.scenario import Arrival
+from fastcil.engine.scenario import Arrival, pick, positions
 from fastcil.engine.state import random_state, set_random_state
 from fastcil.memory import Budget
 
@@ -219,44 +220,30 @@ def _taken(stream: Stream) -> Tensor:
 def _task(plan: Plan, parts: Parts, number: int) -> Task:
     """A task of the run with a few of its images, labelled in learning order."""
     arrivals, order = plan.scenario.arrivals, plan.scenario.order
-    place = {label: k for k, label in enumerate(order)}
     known = len({c for arrival in arrivals[:number] for c in arrival.classes})
     small = parts.augmentation.size <= _SMALL
     wanted = 256 if parts.device.type == "cuda" else 128 if small else 32
     wanted = min(wanted, plan.settings.engine.batch_size or wanted)
     per_class = max(_KEPT + 1, -(-wanted // len(arrivals[number].classes)))
-    index = few(plan.dataset.train.labels.cpu(), arrivals[number], per_class)
-    picked = plan.dataset.train.select(index)
-    labels = torch.tensor([place[int(label)] for label in picked.labels])
+    arrival = arrivals[number]
+    first = Arrival(arrival.classes, few(plan.dataset.train, arrival, per_class))
     return Task(
         index=number,
-        classes=tuple(sorted(place[c] for c in arrivals[number].classes)),
+        classes=tuple(sorted(map(order.index, arrival.classes))),
         known=known,
-        examples=Examples(picked.images, labels),
+        examples=pick(plan.dataset.train, first, order),
         exemplars=parts.memory.examples(),
         name=f"rehearsal {number + 1}",
     )
 
 
-def few(labels: Tensor, arrival: Arrival, per_class: int) -> Tensor:
+def few(examples: Examples, arrival: Arrival, per_class: int) -> Tensor:
     """Positions of the first images of each class that arrives, ascending, int64.
 
     Args:
-        labels: int64 [N], of all training images.
+        examples: All training images.
         arrival: Which classes, and which of their images.
         per_class: How many of each; all of a class that has fewer.
-
-    Example:
-        >>> few(torch.tensor([0, 1, 1, 2, 1, 0]), Arrival((1, 0)), 2)
-        tensor([0, 1, 2, 5])
     """
-    there = torch.isin(labels, torch.tensor(arrival.classes))
-    if arrival.images is not None:
-        listed = torch.zeros_like(there)
-        listed[arrival.images.cpu()] = True
-        there &= listed
-    index = there.nonzero().flatten()
-    by_class = index[labels[index].argsort(stable=True)]
-    counts = labels[index].bincount()
-    place = torch.arange(len(index)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    return by_class[place < per_class].sort().values
+    index = positions(examples, arrival)
+    return index[rank_in_class(examples.labels.cpu()[index]) < per_class]

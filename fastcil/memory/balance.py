@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastcil.contract import Method, Stream, Task, evaluating
 from fastcil.data import Examples
+from fastcil.data.ranks import rank_in_class
 from fastcil.memory.selection import herding
 
 
@@ -29,12 +30,38 @@ def balanced_subset(labels: Tensor, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)  # [N]
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # [N]
     counts = labels.bincount()
-    first = counts.cumsum(0) - counts  # [K]
-    place = torch.arange(len(labels)) - first[labels[by_class]]  # [N], within its class
     smallest = counts[counts > 0].min() if len(labels) else 0
-    return by_class[place < smallest].sort().values
+    return shuffled[rank_in_class(labels[shuffled]) < smallest].sort().values
+
+
+def drawn_subset(task: Task, per_class: int = 0) -> Tensor:
+    """Positions of all exemplars and of some new images of each class, drawn by chance.
+
+    Args:
+        task: Its classes' images, and what memory holds, at least one exemplar.
+        per_class: Images of each new class, all if it has no more; 0: as many as the old class
+            with the most exemplars has.
+
+    Returns:
+        int64 [n] on the CPU, ascending, positions in ``task.examples`` followed by
+        ``task.exemplars``; the same ones for a task of the same index.
+
+    Example:
+        >>> from fastcil.data import ImageStore
+        >>> store = ImageStore.from_batch(torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
+        >>> new = Examples(store, torch.tensor([1, 1, 2, 2]))
+        >>> old = Examples(store.select([0]), torch.tensor([0]))
+        >>> task = Task(index=1, classes=(1, 2), known=1, examples=new, exemplars=old)
+        >>> drawn_subset(task), len(drawn_subset(task, per_class=2))
+        (tensor([1, 3, 4]), 5)
+    """
+    labels, held = task.examples.labels.cpu(), task.exemplars.labels.cpu()
+    wanted = per_class or int(held.bincount().max())
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(task.index))
+    chosen = order[rank_in_class(labels[order]) < wanted]
+    kept = torch.arange(len(labels), len(labels) + len(held))
+    return torch.cat([chosen, kept]).sort().values
 
 
 def herded_subset(task: Task, embed: Callable[[Examples], Tensor]) -> Tensor:

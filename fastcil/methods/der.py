@@ -195,7 +195,7 @@ class DER(Method):
                 logits=self.logits,
                 finish=self._prune if masks else None,
                 before_epoch=[self._start_epoch],
-                before_step=partial(self._anneal, _steps(stream)) if masks else None,
+                before_step=partial(self._anneal, stream.steps) if masks else None,
             )
         ]
         if task.first:
@@ -304,9 +304,3 @@ class _AnnealedStage(Stage):
         if self.before_step is not None:
             self.before_step()
         return super().step(batches, stepper)
-
-
-def _steps(stream: Stream) -> int:
-    """Steps of an epoch, in which a last image alone is left out."""
-    full, rest = divmod(len(stream), stream.batch_size)
-    return max(1, full + (rest > 1))

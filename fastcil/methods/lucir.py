@@ -9,7 +9,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastcil.contract import (
@@ -31,7 +31,7 @@ from fastcil.errors import FastcilError
 from fastcil.memory.balance import BalancedSet
 from fastcil.memory.means import NearestMean
 from fastcil.nn import CosineHead, Network, distillation, masked_mean, scale_convolutions
-from fastcil.nn.lifecycle import channels, frozen_copy, with_head
+from fastcil.nn.lifecycle import channels, frozen_copy, trained_with_new_rows, with_head
 from fastcil.nn.nearest_mean import class_means
 from fastcil.nn.unit import unit_vectors
 
@@ -187,7 +187,7 @@ class LUCIR(Method):
                 objective=objective,
                 streams=(Stream(everything, recipe.batch_size),),
                 recipe=recipe,
-                parameters=self._trained,
+                parameters=lambda: trained_with_new_rows(self.network),
                 primary=True,
                 logits=self.logits,
             )
@@ -207,12 +207,6 @@ class LUCIR(Method):
                 )
             )
         return stages
-
-    def _trained(self) -> list[nn.Parameter]:
-        """All but the rows of old classes; they too where there are no new ones."""
-        head = self.head
-        left_out = head.old if len(head.new) else head.new
-        return [p for p in self.network.trained_parameters() if p is not left_out]
 
     def _loss(self, lam: float, batch: Batch) -> Losses:
         """Cross-entropy, distillation and, for images of old classes, ranking (Eq. 9)."""

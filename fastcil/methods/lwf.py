@@ -24,7 +24,7 @@ from fastcil.contract import (
     evaluating,
 )
 from fastcil.methods.recipes import FINETUNING
-from fastcil.nn import Network, cross_entropy_among, distillation, outputs_of
+from fastcil.nn import Network, cross_entropy_among, distillation_by_layer, outputs_of
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
 _FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -195,10 +195,9 @@ class LwF(Method):
         losses = {"classification": cross_entropy_among(logits, batch.labels, own)}
         old = self._teach(batch)
         if old is not None:
-            known = old.shape[1]
-            parts = zip(logits[:, :known].split(heads, 1), old.split(heads, 1), strict=True)
-            terms = [distillation(z, taught, self.config.temperature) for z, taught in parts]
-            losses["distillation"] = self.config.alpha * torch.stack(terms).sum()
+            mine = logits[:, : old.shape[1]]
+            taught = distillation_by_layer(mine, old, heads, self.config.temperature)
+            losses["distillation"] = self.config.alpha * taught
         return losses
 
     def _teach(self, batch: Batch) -> Tensor | None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcil.contract import (
     Batch,
@@ -31,7 +31,7 @@ from fastcil.memory.balance import BalancedSet
 from fastcil.memory.means import NearestMean
 from fastcil.nn import Network, ProxyHead, margin_nca, nca, pod_flat, pod_spatial
 from fastcil.nn.clusters import cluster_centres
-from fastcil.nn.lifecycle import channels, frozen_copy, with_head
+from fastcil.nn.lifecycle import channels, frozen_copy, trained_with_new_rows, with_head
 from fastcil.nn.unit import unit_vectors
 
 _CIFAR = Recipe(epochs=160, lr=0.1, clip_value=5.0)
@@ -167,7 +167,7 @@ class PODNet(Method):
                 objective=partial(self._loss, math.sqrt(task.total / max(new, 1))),
                 streams=(Stream(everything, config.train.batch_size),),
                 recipe=config.train,
-                parameters=self._trained,
+                parameters=lambda: trained_with_new_rows(self.network),
                 primary=True,
                 logits=self.logits,
             )
@@ -185,12 +185,6 @@ class PODNet(Method):
                 )
             )
         return stages
-
-    def _trained(self) -> list[nn.Parameter]:
-        """All but the proxies of old classes; they too where there are no new ones."""
-        head = self.head
-        left_out = head.old if len(head.new) else head.new
-        return [p for p in self.network.trained_parameters() if p is not left_out]
 
     def _loss(self, factor: float, batch: Batch) -> Losses:
         """Classification, and what keeps maps and features where they were."""

@@ -77,6 +77,19 @@ def linear_head(network: Network) -> LinearHead:
     return network.head
 
 
+def trained_with_new_rows(network: Network) -> list[nn.Parameter]:
+    """What a stage trains that holds the classes known before: all but the head's ``old`` block.
+
+    Where the head's ``new`` block is empty, the task having brought no class, ``old`` trains.
+
+    Args:
+        network: Its head is a `CosineHead` or a `ProxyHead`.
+    """
+    head: Any = network.head
+    left_out = head.old if len(head.new) else head.new
+    return [p for p in network.trained_parameters() if p is not left_out]
+
+
 def channels(extractor: nn.Module) -> int:
     """Features that an extractor gives."""
     number: Any = extractor.out_channels
