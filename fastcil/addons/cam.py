@@ -95,7 +95,7 @@ class CAM(Addon):
         self.compression.simulate(task, stages, self._locate)
         return stages
 
-    def boxes(self, examples: Examples) -> Tensor:
+    def marks(self, examples: Examples) -> Tensor:
         """The box of each image, int16 [N, 4]."""
         return self.compression.offer(examples, self._locate)
 

@@ -234,7 +234,7 @@ class CIM(Addon):
             "compress_all": config.compress_all,
         }
 
-    def boxes(self, examples: Examples) -> Tensor:
+    def marks(self, examples: Examples) -> Tensor:
         """The box of each image, int16 [N, 4]."""
         boxes = self.compression.offer(examples, self._locate)
         if self.learns:

@@ -29,7 +29,7 @@ class Addon(Persistent):
     and ``check`` refuses a method that lacks it.
 
     The engine calls, for each task, after the method's own: ``begin_task``; ``stages``;
-    ``prepare_memory`` and ``boxes``, for the memory's update; ``refinements``, the stages that
+    ``prepare_memory`` and ``marks``, for the memory's update; ``refinements``, the stages that
     work on the exemplars chosen, and when they are done ``refined``, by which memory takes what
     became of them; ``end_task``. What trains in a refinement is state of the addon: a run that
     stops in the middle of one goes on with the memory it had then, and without the stages before.
@@ -88,8 +88,8 @@ class Addon(Persistent):
         """The method's stages, changed or extended."""
         return stages
 
-    def boxes(self, examples: Examples) -> Tensor | None:
-        """The box of each image for a codec that wants them, int16 [N, 4], or None."""
+    def marks(self, examples: Examples) -> Tensor | None:
+        """What matters in each image, in the form its codec asks for (`Codec.marks`), or None."""
         return None
 
     def refinements(self, task: Task) -> list[Stage]:

@@ -8,8 +8,11 @@ from typing import Literal
 
 from torch import Tensor
 
-Kind = Literal["exemplars", "logits", "generator", "codec", "curvature", "network"]
-"""What an entry is: curvature and networks beyond the first count only under ``count="all"``."""
+Kind = Literal["exemplars", "logits", "generator", "codec", "curvature", "network", "analysis"]
+"""What an entry is: curvature and networks beyond the first count only under ``count="all"``.
+
+``analysis`` is what only records look at, which no budget counts and no training sees.
+"""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ class Task:
         name: What a progress line calls the task.
         room: How many images memory is likely to hold once the task is done, for a method that
             chooses its exemplars itself (``selection = "own"``); no more than there are images.
+        allowance: Bytes that all that is kept may take once the task is done, for a method that
+            keeps something else than exemplars; a budget in images allows what as many raw images
+            of the task's mean size take.
 
     Example:
         >>> import numpy as np, torch
@@ -42,6 +45,7 @@ class Task:
     exemplars: Examples
     name: str = ""
     room: int = 0
+    allowance: float = 0.0
 
     @property
     def total(self) -> int:

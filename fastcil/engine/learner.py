@@ -217,7 +217,11 @@ class Learner:
         working = self.memory.working_nbytes
         if working:
             held["working_bytes"] = working
-        return {**held, "budgeted": budgeted, "all": sum(e.nbytes for e in entries)}
+        return {
+            **held,
+            "budgeted": budgeted,
+            "all": sum(e.nbytes for e in entries if e.kind != "analysis"),
+        }
 
     def predict(self, images: Any) -> Prediction:
         """Names the class of each image.

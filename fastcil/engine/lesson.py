@@ -130,16 +130,16 @@ class Lesson:
 
     def _remember(self, task: Task) -> None:
         """Chooses exemplars by the method's features, in the form they will be kept."""
-        parts, boxes = self.parts, None
+        parts, marks = self.parts, None
         with evaluating(parts.method):
             parts.prepare_memory(task)
             for addon in parts.addons:
-                boxes = addon.boxes(task.examples) if boxes is None else boxes
-            parts.offered = boxes
+                marks = addon.marks(task.examples) if marks is None else marks
+            parts.offered = marks
             parts.memory.update(
                 task,
                 lambda examples: parts.context.scan(parts.method.embed, examples),
-                boxes=boxes,
+                marks=marks,
                 other_nbytes=parts.other_nbytes(),
                 seed=mix(*self._key(_SELECT, task)),
                 chosen=parts.method.chosen() if parts.method.selection == "own" else None,

@@ -40,7 +40,7 @@ def localisation_records(
         before: Records of the task before, in plain form.
     """
     train, true, classes = dataset.train, dataset.train_boxes, len(order)
-    found = learner.parts.offered
+    found = learner.parts.offered if learner.memory.codec.marks == "boxes" else None
     records = []
     if true is not None and found is not None:
         index = positions(train, arrival)
@@ -130,7 +130,7 @@ def class_shares(labels: Tensor, boxes: Tensor, sizes: Tensor, classes: int) -> 
 
 def held_shares(memory: Memory, classes: int) -> Tensor | None:
     """`class_shares` by the boxes of exemplars; None where these say nothing of objects."""
-    if not memory.codec.needs_boxes or not len(memory):
+    if memory.codec.marks != "boxes" or not len(memory):
         return None
     held = memory.examples()
     shares = class_shares(held.labels, held.images.boxes, held.images.sizes, classes)

@@ -16,8 +16,10 @@ from fastcil.engine.options import Settings
 from fastcil.engine.resolve import make_augmentation, make_backbone_builder, settle
 from fastcil.engine.weights import starting_from
 from fastcil.errors import CompositionError, FastcilError
-from fastcil.memory import Budget, Codec, Memory, likely_room, make_codec
+from fastcil.memory import Budget, Codec, Memory, allowance, likely_room, make_codec
 from fastcil.memory.limits import affordable
+
+_FINDERS = {"boxes": "'cam' or 'cim'", "maps": "'samc'"}
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Parts:
         augmentation: How images are cut and changed.
         context: What the engine lends to method and addons.
         device: Where networks live.
-        offered: Boxes by which the last task's images were offered to memory, or None.
+        offered: Marks by which the last task's images were offered to memory, or None.
     """
 
     method: Method
@@ -111,7 +113,7 @@ class Parts:
 
         Raises:
             FastcilError: The backbone can't be built or is none, or ``network.weights`` can't be
-                read or don't fit it; the codec's boxes come from nowhere.
+                read or don't fit it; the codec's marks come from nowhere.
         """
         backbone = self.context.make_backbone()
         if not hasattr(backbone, "out_channels"):
@@ -119,11 +121,12 @@ class Parts:
                 f"backbone makes a module of type {type(backbone).__name__}, which has no "
                 f"out_channels; set it to the number of channels of its feature maps."
             )
-        finds_boxes = any(type(addon).boxes is not Addon.boxes for addon in self.addons)
-        if self.memory.codec.needs_boxes and not finds_boxes:
+        codec = self.memory.codec
+        if codec.marks and all(type(addon).marks is Addon.marks for addon in self.addons):
             raise CompositionError(
-                f"codec is '{self.memory.codec.name}', which keeps a box of every image sharp; add "
-                f"an addon that finds boxes ('cam', 'cim'), or leave codec out."
+                f"codec is '{codec.name}', which must be told what matters in each image, by "
+                f"{codec.marks}; add an addon that finds them "
+                f"({_FINDERS[codec.marks]}), or leave codec out."
             )
 
     def others(self) -> list[Retained]:
@@ -135,10 +138,11 @@ class Parts:
         return sum(e.nbytes for e in self.others() if self.memory.budget.counts(e.kind))
 
     def with_room(self, task: Task) -> Task:
-        """The task, told how many images memory will hold if the method chooses them itself.
+        """The task, told how much may be kept, and in images if the method chooses them itself.
 
         Asked at a boundary, when what is kept beside exemplars is that of those held.
         """
+        task = replace(task, allowance=allowance(self.memory.budget, task))
         if self.method.selection != "own":
             return task
         others = self.other_nbytes() - len(self.memory) * self.method.beside(task.known)
@@ -228,9 +232,9 @@ def _check_refining(settings: Settings, addons: list[Addon], codec: Codec[Any]) 
             f"method '{settings.method}' has {' and '.join(map(repr, refining))}, and each changes "
             f"the exemplars its own way; compose with one of them."
         )
-    if refining and codec.needs_boxes:
+    if refining and codec.marks:
         raise CompositionError(
             f"addon '{refining[0]}' changes the pixels of exemplars, and codec '{codec.name}' "
-            f"keeps only some of them outside a box, so that what was learned would be lost; "
-            f"compose it without 'cam' and 'cim', and leave codec 'raw'."
+            f"keeps only some of them, so that what was learned would be lost; compose it without "
+            f"{_FINDERS[codec.marks]}, and leave codec 'raw'."
         )

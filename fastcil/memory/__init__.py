@@ -3,7 +3,7 @@
 from fastcil.memory.budget import Budget
 from fastcil.memory.codecs import ByteStore, Codec, Encoded, make_codec
 from fastcil.memory.memory import Memory
-from fastcil.memory.room import likely_room
+from fastcil.memory.room import allowance, likely_room
 from fastcil.memory.selection import SELECTIONS, herding, random_order
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Codec",
     "Encoded",
     "Memory",
+    "allowance",
     "herding",
     "likely_room",
     "make_codec",

@@ -152,7 +152,8 @@ class Budget:
             >>> Budget.parse("64MiB").counts("logits"), Budget.parse("64MiB").counts("network")
             (True, False)
         """
-        return self.count == "all" or kind in ("exemplars", "logits", "generator", "codec")
+        memory = kind in ("exemplars", "logits", "generator", "codec")
+        return memory or (self.count == "all" and kind != "analysis")
 
     def limit(self, classes: int) -> float:
         """The most that may be held of ``classes`` classes, in the budget's unit."""

@@ -189,7 +189,7 @@ class Memory:
         self,
         task: Task,
         embed: Embed,
-        boxes: Tensor | None = None,
+        marks: Tensor | None = None,
         *,
         other_nbytes: int = 0,
         seed: int = 0,
@@ -206,13 +206,13 @@ class Memory:
         Args:
             task: The new data, and how many classes are known.
             embed: Gives features; asked class by class, and not at all for ``random``.
-            boxes: int16 [N, 4], the box of each new image, for a codec that wants them.
+            marks: What matters in each new image, one row each, for a codec that asks for it.
             other_nbytes: Bytes of everything else that counts towards a budget in bytes.
             seed: Of the draws of ``random``; give each task its own.
             chosen: What to keep for ``own``, as `Method.chosen` answers it.
 
         Raises:
-            FastcilError: ``other_nbytes`` alone exceeds the budget; the codec lacks boxes;
+            FastcilError: ``other_nbytes`` alone exceeds the budget; the codec lacks marks;
                 features that are not finite or not one row per image. Memory is then unchanged.
 
         Warns:
@@ -225,18 +225,18 @@ class Memory:
         if self.keeps == "nothing" or self.budget.amount == 0:
             self._hold([])
             return
-        if boxes is not None and len(boxes) != len(task.examples):
+        if marks is not None and len(marks) != len(task.examples):
             raise FastcilError(
-                f"boxes has {len(boxes)} rows for {len(task.examples)} new images; pass one each."
+                f"marks has {len(marks)} rows for {len(task.examples)} new images; pass one each."
             )
         if self.selection == OWN:
-            self._keep_chosen(task, chosen, boxes, other_nbytes)
+            self._keep_chosen(task, chosen, marks, other_nbytes)
             return
         quota = self.budget.quota(task.total, other_nbytes)
         generator = torch.Generator().manual_seed(seed)
         kept, too_dear = self._reduced(quota, set(task.classes))
         for label in task.classes:
-            candidates = self._candidates(label, task.examples, boxes)
+            candidates = self._candidates(label, task.examples, marks)
             order = self._order(candidates, label, embed, quota, generator)
             cost = self._cost(candidates).cpu()[order]
             prefix = order[: affordable(cost, quota)]
@@ -267,8 +267,8 @@ class Memory:
 
         Raises:
             FastcilError: Exemplars that the method chooses or that are all images there are;
-                positions out of range; images of other sizes; a codec that wants boxes, for those
-                kept don't belong to these images. Memory is then unchanged.
+                positions out of range; images of other sizes; a codec that asks for marks, for
+                those kept don't belong to these images. Memory is then unchanged.
         """
         if self.keeps != "exemplars" or self.selection == OWN:
             raise FastcilError(
@@ -293,7 +293,7 @@ class Memory:
         self._hold(kept)
 
     def _keep_chosen(
-        self, task: Task, chosen: Tensor | None, boxes: Tensor | None, other_nbytes: int
+        self, task: Task, chosen: Tensor | None, marks: Tensor | None, other_nbytes: int
     ) -> None:
         """Keeps the longest prefix of the method's choice that fits, in its order."""
         new = len(task.examples)
@@ -310,7 +310,7 @@ class Memory:
         fresh, again = chosen[~old], chosen[old] - new
         encoded = self.codec.encode(
             task.examples.images.select(fresh.to(task.examples.images.device)),
-            None if boxes is None else boxes[fresh.to(boxes.device)],
+            None if marks is None else marks[fresh.to(marks.device)],
         )
         held = self._images.select(again.to(self.device))
         images = self.codec.store.cat([encoded.to(self.device), held])
@@ -333,11 +333,11 @@ class Memory:
         chosen, too_dear = prefixes(labels, cost, quota, without)
         return [(self._images.select(chosen.to(self.device)), labels[chosen])], too_dear
 
-    def _candidates(self, label: int, examples: Examples, boxes: Tensor | None) -> Encoded:
+    def _candidates(self, label: int, examples: Examples, marks: Tensor | None) -> Encoded:
         """What may be kept of a class: its exemplars, then its new images, encoded."""
         chosen = (examples.labels == label).nonzero().flatten()
         images = examples.images.select(chosen)
-        mine = None if boxes is None else boxes[chosen.to(boxes.device)]
+        mine = None if marks is None else marks[chosen.to(marks.device)]
         encoded: Encoded = self.codec.encode(images, mine)
         held = self._images.select((self._labels == label).nonzero().flatten())
         if not len(held):

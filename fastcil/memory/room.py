@@ -1,4 +1,4 @@
-"""How many images will fit, asked before a task is learned."""
+"""How much will fit, asked before a task is learned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 
 from fastcil.contract import Task
 from fastcil.data import ImageStore
+from fastcil.memory.budget import Budget
 from fastcil.memory.memory import Memory
 
 # Beside the pixels of a raw image: offset, geometry row and label.
@@ -63,3 +64,30 @@ def likely_room(memory: Memory, task: Task, beside: int = 0, other_nbytes: int =
             stacklevel=2,
         )
     return max(0, int(left / mean + 1e-9))
+
+
+def allowance(budget: Budget, task: Task) -> float:
+    """Bytes that all that is kept may take once a task is done.
+
+    Args:
+        budget: Of what is kept.
+        task: The new data, and how many classes are known with it.
+
+    Returns:
+        The budget's limit; one in images is worth as many raw images of the mean size of the
+        task's, offset, geometry row and label included.
+
+    Example:
+        >>> import torch
+        >>> from fastcil.data import Examples
+        >>> store = ImageStore.from_batch(torch.zeros(9, 8, 8, 3, dtype=torch.uint8))
+        >>> new = Examples(store, torch.zeros(9, dtype=torch.int64))
+        >>> task = Task(index=0, classes=(0,), known=0, examples=new, exemplars=new.select([]))
+        >>> allowance(Budget.parse("10 images"), task)  # 10 * (8 * 8 * 3 + 28)
+        2200.0
+    """
+    limit = budget.limit(task.total)
+    if budget.unit == "bytes" or not len(task.examples):
+        return limit
+    pixels = task.examples.images.sizes.double().prod(dim=1).mean()
+    return limit * (3 * float(pixels) + _ROW_NBYTES)

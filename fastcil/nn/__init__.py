@@ -41,4 +41,5 @@ from fastcil.nn.scaling import merge_scales as merge_scales
 from fastcil.nn.scaling import scale_convolutions as scale_convolutions
 from fastcil.nn.tangent import TangentConv2d as TangentConv2d
 from fastcil.nn.tangent import TangentLinear as TangentLinear
+from fastcil.nn.task_outputs import TaskOutputs as TaskOutputs
 from fastcil.nn.tensors import Tensors as Tensors

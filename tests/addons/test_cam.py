@@ -20,7 +20,7 @@ def test_boxes_follow_the_methods_own_network(world):
     task = world.make_task()
     world.begin(method, addon, task)
     method.train()
-    boxes = addon.boxes(task.examples)
+    boxes = addon.marks(task.examples)
     assert all(part.training for part in method.modules())
     with torch.no_grad():
         method.eval()
@@ -45,8 +45,8 @@ def test_boxes_use_running_statistics_and_leave_them(world):
     task = world.make_task()
     world.begin(method, addon, task)
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    both = addon.boxes(task.examples)
-    halves = [addon.boxes(task.examples.select(part)) for part in ([0, 1, 2], [3, 4, 5, 6, 7])]
+    both = addon.marks(task.examples)
+    halves = [addon.marks(task.examples.select(part)) for part in ([0, 1, 2], [3, 4, 5, 6, 7])]
     assert torch.equal(both, torch.cat(halves))
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
 
@@ -79,7 +79,7 @@ def test_codec_and_records(world):
     assert addon.codec_options() == {"ratio": 9.0, "foreground_ratio": 1.0}
     task = world.make_task()
     world.begin(method, addon, task)
-    addon.boxes(task.examples)
+    addon.marks(task.examples)
     (record,) = addon.records()
     assert record.payload["x"] == [0]
 

@@ -21,7 +21,7 @@ def compose(world, method=None, **options):
 
 def run_task(world, method, addon, context, task):
     world.Loop(method, context).run(world.begin(method, addon, task))
-    boxes = addon.boxes(task.examples)
+    boxes = addon.marks(task.examples)
     method.end_task(task)
     addon.end_task(task)
     method.release()
@@ -103,7 +103,7 @@ def test_boxes_of_the_branch_are_equations_1_and_2_over_all_extractors(world):
     method.network = Network(
         [world.Backbone(), world.Backbone()], LinearHead(10, task.total).double()
     )
-    boxes = addon.boxes(task.examples)
+    boxes = addon.marks(task.examples)
     assert len(addon.phi) == 2
     method.eval()
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_a_task_resumed_in_the_middle_ends_the_same(world):
         stages = addon.stages(task, method.stages(task))
         assert float(stages[0].streams[0].views.probability) == 0.1
         world.Loop(method, context).run(stages, seed=5)
-        boxes = addon.boxes(task.examples)
+        boxes = addon.marks(task.examples)
         return boxes, {**method.tensors(), **{f"addon {k}": v for k, v in addon.tensors().items()}}
 
     boxes, tensors = trained(resumed=False)

@@ -205,7 +205,7 @@ def test_regions_that_ask_no_network_need_no_maps(world, addon, boxes):
     assert all(not stage.companions for stage in stages)
     stages[0].before_epoch[0](1)
     assert context.scans == 0
-    assert len(made.boxes(task.examples)) == len(task.examples)
+    assert len(made.marks(task.examples)) == len(task.examples)
 
 
 def test_whole_images_are_offered_where_nothing_is_stored_compressed(world):
@@ -214,7 +214,7 @@ def test_whole_images_are_offered_where_nothing_is_stored_compressed(world):
     addon = CAM(CAM.Config(store=False, refresh=1), context, method)
     task = world.make_task()
     stages = world.begin(method, addon, task)
-    boxes = addon.boxes(task.examples)
+    boxes = addon.marks(task.examples)
     assert boxes[:, 2:].tolist() == task.examples.images.sizes.tolist()
     assert stages[0].streams[0].views is not None
     kept = make_codec("bbox", **addon.codec_options()).encode(task.examples.images, boxes)
@@ -230,6 +230,6 @@ def test_the_rate_recorded_is_that_of_the_codec(world, ratio, foreground):
     addon = CAM(config, context, method)
     task = world.make_task()
     world.begin(method, addon, task)
-    addon.boxes(task.examples)
+    addon.marks(task.examples)
     rate = addon.records()[0].payload["y"]["mean memory per image (1 = uncompressed)"]
     assert rate == [pytest.approx(0.25 / foreground + 0.75 / ratio)]

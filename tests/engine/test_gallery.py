@@ -32,7 +32,7 @@ def make_task(classes=3, per_class=6, sizes=((64, 64), (64, 48)), known=0, seed=
 
 def remember(task, boxes, budget="100 images", codec="bbox"):
     memory = Memory(budget, codec=codec, selection="random")
-    memory.update(task, embed=lambda e: torch.ones(len(e), 1), boxes=boxes, seed=3)
+    memory.update(task, embed=lambda e: torch.ones(len(e), 1), marks=boxes, seed=3)
     return memory
 
 
@@ -79,7 +79,7 @@ class Coarse(RawCodec):
 
     name = "coarse"
 
-    def encode(self, images, boxes=None):
+    def encode(self, images, marks=None):
         return ImageStore(images.pixels & 0xF0, images.offsets, images.geometry)
 
 
@@ -130,7 +130,7 @@ def test_only_new_classes_are_shown():
     task, boxes = make_task()
     memory = remember(task, boxes)
     later, later_boxes = make_task(classes=2, known=3, seed=9)
-    memory.update(later, lambda e: torch.ones(len(e), 1), boxes=later_boxes)
+    memory.update(later, lambda e: torch.ones(len(e), 1), marks=later_boxes)
     captions = exemplar_gallery(later, memory, NAMES).payload["captions"]
     assert {c.split(":")[0] for c in captions} == {"class 3", "class 4"}
     again = Task(2, (3,), 5, later.examples, later.exemplars)

@@ -215,7 +215,10 @@ def test_what_can_not_be_learned_leaves_the_learner_as_it_was(data, names, says)
         ({"seed": -1}, "seed is -1"),
         ({"device": "tpu9"}, "device is 'tpu9'"),
         ({"memory": 64}, "memory is 64, without a unit"),
-        ({"codec": "bbox"}, "codec is 'bbox', which keeps a box of every image sharp"),
+        (
+            {"codec": "bbox"},
+            "codec is 'bbox', which must be told what matters in each image, by boxes",
+        ),
         ({"network.name": "resnet99"}, "backbone is 'resnet99'"),
         ({"augment.padding": -1}, "augment.padding is -1"),
     ],

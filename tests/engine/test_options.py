@@ -238,7 +238,10 @@ def test_epoch_scale_and_batch_size_reach_every_methods_stages(method: str) -> N
         ),
         ({"method": "joint+cam"}, "Joint keeps everything"),
         ({"method": "er+cam+cim"}, "has 'cam' and 'cim', and each stores exemplars its own way"),
-        ({"codec": "bbox"}, "codec is 'bbox', which keeps a box of every image sharp"),
+        (
+            {"codec": "bbox"},
+            "codec is 'bbox', which must be told what matters in each image, by boxes",
+        ),
         ({"engine.tensorboard": True}, "pip install 'fastcil"),
         ({"network.name": "resnet99"}, "backbone is 'resnet99'"),
         ({"augment.size": 0}, "augment.size is 0"),

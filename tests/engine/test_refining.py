@@ -127,7 +127,7 @@ class Other(Mnemonics):
     ("method", "options", "says"),
     [
         ("icarl+cim+mnemonics", {}, "codec 'bbox' keeps only some of them"),
-        ("icarl+mnemonics+cam", {}, "compose it without 'cam' and 'cim'"),
+        ("icarl+mnemonics+cam", {}, "compose it without 'cam' or 'cim'"),
         ("icarl+mnemonics", {"codec": "bbox"}, "codec 'bbox' keeps only some of them"),
         ("icarl+mnemonics+other", {}, "'mnemonics' and 'other', and each changes"),
         ("lwf+mnemonics", {}, "LwF keeps nothing"),

@@ -173,7 +173,7 @@ def test_a_failed_update_changes_nothing():
     before = memory.checksum()
     task, boxes = tasks[1]
     bad = [
-        ((embed, None), "boxes is None"),
+        ((embed, None), "marks is None"),
         ((embed, boxes[1:]), "boxes has"),
         ((lambda examples: embed(examples)[1:], boxes), "rows of features"),
         ((lambda examples: embed(examples) * torch.nan, boxes), "NaN"),

@@ -27,7 +27,7 @@ def draw(sides, seed: int, value: int | None = None) -> ImageStore:
 def fill(memory: Memory, boxes: Tensor | None = None, **options) -> Memory:
     new = Examples(draw(SIDES, 0), LABELS)
     task = Task(index=0, classes=(0, 1), known=0, examples=new, exemplars=new.select([]))
-    memory.update(task, lambda e: torch.ones(len(e), 2), boxes=boxes, **options)
+    memory.update(task, lambda e: torch.ones(len(e), 2), marks=boxes, **options)
     return memory
 
 
@@ -97,7 +97,7 @@ def test_where_a_codec_needs_more_a_class_keeps_its_prefix():
         (Memory("6 images"), [0, 0], [SIDES[0]] * 2, "each once"),
         (Memory("6 images"), [0, 1], SIDES[:1], "as many as index"),
         (Memory("6 images"), [0], [(9, 8)], "height and width of its exemplar"),
-        (Memory("6 images", codec=BBoxCodec()), [0], SIDES[:1], "boxes is None"),
+        (Memory("6 images", codec=BBoxCodec()), [0], SIDES[:1], "marks is None"),
     ],
 )
 def test_what_cannot_be_replaced_is_refused_and_memory_unchanged(memory, index, sides, says):

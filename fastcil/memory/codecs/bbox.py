@@ -46,7 +46,7 @@ class BBoxCodec(Codec[ImageStore]):
     """
 
     name = "bbox"
-    needs_boxes = True
+    marks = "boxes"
 
     def __init__(self, ratio: float = 4.0, foreground_ratio: float = 1.0) -> None:
         for name, value in (("ratio", ratio), ("foreground_ratio", foreground_ratio)):
@@ -64,18 +64,18 @@ class BBoxCodec(Codec[ImageStore]):
         self.ratio = float(ratio)
         self.foreground_ratio = float(foreground_ratio)
 
-    def encode(self, images: ImageStore, boxes: Tensor | None) -> ImageStore:
+    def encode(self, images: ImageStore, marks: Tensor | None) -> ImageStore:
         """Packs raw images, each with its own box.
 
         Raises:
             FastcilError: No boxes.
         """
-        if boxes is None:
+        if marks is None:
             raise FastcilError(
-                "boxes is None, but the codec 'bbox' keeps a box of every image sharp; add an "
+                "marks is None, but the codec 'bbox' keeps a box of every image sharp; add an "
                 "addon that finds them ('cam', 'cim'), or use codec='raw'."
             )
-        boxes = boxes.to(images.device)
+        boxes = marks.to(images.device)
         if self.foreground_ratio > 1:
             images, boxes = _shrunk(images, boxes, self.foreground_ratio)
         return images.compress(boxes, self.ratio / self.foreground_ratio)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -77,19 +77,23 @@ class Codec(ABC, Generic[E]):
     A codec is one file and one test, and a line in `fastcil.contract.registry`; its settings are
     keyword arguments of its constructor. What it encodes into is its ``store``: an `ImageStore`
     if the reader takes it as it is, else a `ByteStore` or a class of its own.
+
+    One that keeps some of an image better than the rest is told by its ``marks`` what matters,
+    one row for each image: ``boxes``, int16 [N, 4], (y0, x0, y1, x1) with exclusive ends; or
+    ``maps``, float32 [N, h, w] from 0 to 1, each of them stretched over its whole image.
     """
 
     name: ClassVar[str]
-    needs_boxes: ClassVar[bool] = False
+    marks: ClassVar[Literal["boxes", "maps"] | None] = None
     store: ClassVar[type[Encoded]] = ImageStore
 
     @abstractmethod
-    def encode(self, images: ImageStore, boxes: Tensor | None) -> E:
+    def encode(self, images: ImageStore, marks: Tensor | None) -> E:
         """What memory keeps of each image.
 
         Args:
             images: Raw images, uint8.
-            boxes: int16 [N, 4], (y0, x0, y1, x1) with exclusive ends, or None.
+            marks: What matters in each image, in the form that ``Codec.marks`` names, or None.
         """
 
     def decode(self, encoded: E) -> ImageStore:

@@ -73,8 +73,8 @@ class JpegCodec(Codec[ByteStore]):
         self.quality = quality
         self.bits_per_pixel = float(bits_per_pixel)
 
-    def encode(self, images: ImageStore, boxes: Tensor | None = None) -> ByteStore:
-        """The files, written one by one on all threads; boxes are not looked at."""
+    def encode(self, images: ImageStore, marks: Tensor | None = None) -> ByteStore:
+        """The files, written one by one on all threads; marks are not looked at."""
         host = images.to("cpu")
         if bool((host.geometry[:, 6] > 0).any()):
             host = host.reconstruct()

@@ -21,8 +21,8 @@ class RawCodec(Codec[ImageStore]):
 
     name = "raw"
 
-    def encode(self, images: ImageStore, boxes: Tensor | None = None) -> ImageStore:
-        """The images themselves; boxes are not looked at."""
+    def encode(self, images: ImageStore, marks: Tensor | None = None) -> ImageStore:
+        """The images themselves; marks are not looked at."""
         return images
 
     def units(self, encoded: ImageStore) -> Tensor:

@@ -82,7 +82,7 @@ def test_bytes_are_close_to_eq_4_on_photographs():
 
 def test_boxes_are_needed():
     _, store, _ = store_and_boxes(CASES)
-    with pytest.raises(FastcilError, match="boxes is None, but the codec 'bbox'"):
+    with pytest.raises(FastcilError, match="marks is None, but the codec 'bbox'"):
         make_codec("bbox").encode(store, None)
 
 
