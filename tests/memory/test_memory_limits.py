@@ -174,7 +174,7 @@ def test_a_failed_update_changes_nothing():
     task, boxes = tasks[1]
     bad = [
         ((embed, None), "marks is None"),
-        ((embed, boxes[1:]), "boxes has"),
+        ((embed, boxes[1:]), "marks has"),
         ((lambda examples: embed(examples)[1:], boxes), "rows of features"),
         ((lambda examples: embed(examples) * torch.nan, boxes), "NaN"),
     ]
