@@ -38,12 +38,14 @@ def compare_pictures(title: str, before: Examples, after: ImageStore, count: int
         >>> record = compare_pictures("Changed", Examples(images[0], torch.tensor([4, 4])),
         ...                           images[1], count=1)
         >>> record.payload["captions"]
-        ['class 4: before, after, difference x 42 (at most 3 levels)']
+        ['before, after, difference x 42 (at most 3 levels)']
+        >>> record.payload["labels"]
+        [4]
         >>> record.payload["images"][0].shape
         (96, 296, 3)
     """
     chosen = np.linspace(0, len(before) - 1, min(count, len(before))).round().astype(int).tolist()
-    payload: dict[str, list[Any]] = {"images": [], "captions": []}
+    payload: dict[str, list[Any]] = {"images": [], "captions": [], "labels": []}
     for place in chosen:
         old = before.images.image(place).cpu().numpy()
         new = after.image(place).cpu().numpy()
@@ -52,10 +54,8 @@ def compare_pictures(title: str, before: Examples, after: ImageStore, count: int
         gain = 127 // max(1, most)
         shown = [old, new, (128 + gain * change).clip(0, 255).astype(np.uint8)]
         payload["images"].append(_side_by_side([_scaled(picture) for picture in shown]))
-        label = int(before.labels[place])
-        payload["captions"].append(
-            f"class {label}: before, after, difference x {gain} (at most {most} levels)"
-        )
+        payload["labels"].append(int(before.labels[place]))
+        payload["captions"].append(f"before, after, difference x {gain} (at most {most} levels)")
     return Record("images", title, payload)
 
 

@@ -56,7 +56,7 @@ def map_record(
     return Record(
         "images",
         f"Activation maps: the image, {', '.join(seers)}",
-        {"images": pictures, "captions": [f"class {label}" for label in shown.labels.tolist()]},
+        {"images": pictures, "labels": shown.labels.tolist()},
     )
 
 

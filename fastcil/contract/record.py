@@ -13,7 +13,8 @@ class Record:
     Args:
         kind: ``curve``: payload {"x": [...], "y": {name: [...]}, "xlabel", "ylabel"};
             ``matrix``: {"values": [[...]], "rows": [...], "columns": [...]};
-            ``images``: {"images": uint8 [N, H, W, 3] array, "captions": [...]};
+            ``images``: {"images": uint8 [N, H, W, 3] array, "captions": [...]}, and, for images
+            of classes, their "labels": [...], whose names the report puts before the captions;
             ``table``: {"columns": [...], "rows": [[...]]}.
         title: Heading.
         payload: The figures, as plain Python (arrays only in ``images``).

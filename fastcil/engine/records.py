@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -31,19 +31,20 @@ def collect_records(learner: Learner, task: Task, gallery: bool) -> list[dict[st
     if gallery:
         shown = exemplar_gallery(task, learner.memory, learner.class_names)
         records = [shown, *records] if shown.payload["images"] else records
-    return [record_to_plain(record) for record in records]
+    return [record_to_plain(record, learner.class_names) for record in records]
 
 
-def record_to_plain(record: Record) -> dict[str, Any]:
+def record_to_plain(record: Record, class_names: Sequence[str] = ()) -> dict[str, Any]:
     """A record as JSON holds it: arrays as lists, images as ``data:`` URIs.
 
     Images are PNG up to 16 KiB, and else JPEG of quality 85 without chroma subsampling.
 
     Args:
         record: What a method or addon left.
+        class_names: Of the labels of its images, if it has any.
 
     Returns:
-        ``kind``, ``title`` and ``payload``.
+        ``kind``, ``title`` and ``payload``; captions of labelled images begin with their class.
 
     Example:
         >>> images = np.zeros((1, 2, 2, 3), dtype=np.uint8)
@@ -54,6 +55,12 @@ def record_to_plain(record: Record) -> dict[str, Any]:
     payload = dict(record.payload)
     if record.kind == "images":
         payload["images"] = [_data_uri(np.asarray(image)) for image in payload["images"]]
+        if "labels" in payload:
+            names = [class_names[label] for label in payload.pop("labels")]
+            said = payload.get("captions") or [""] * len(names)
+            payload["captions"] = [
+                f"{name}: {text}" if text else name for name, text in zip(names, said, strict=True)
+            ]
     return {"kind": record.kind, "title": record.title, "payload": _plain(payload)}
 
 

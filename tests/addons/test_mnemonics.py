@@ -286,7 +286,7 @@ def test_what_is_refined_are_the_values_as_levels(compose):
     assert curve.payload["x"] == [1]
     assert curve.payload["y"] == {"new exemplars": [3.0], "old exemplars": [1.0]}
     assert pictures.kind == "images" and len(pictures.payload["images"]) == 6
-    assert pictures.payload["captions"][0].startswith("class 2: before, after, difference x 42")
+    assert pictures.payload["captions"][0].startswith("before, after, difference x 42")
 
 
 def test_state_is_the_values_being_trained(compose):

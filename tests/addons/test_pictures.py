@@ -31,7 +31,7 @@ def test_each_map_lies_where_its_network_looks(world):
     record = map_record(world.FakeContext(), examples, seers, weights, 0.5)
     assert record.kind == "images"
     assert record.title == "Activation maps: the image, A, B"
-    assert record.payload["captions"] == ["class 3", "class 5", "class 6", "class 8"]
+    assert record.payload["labels"] == [3, 5, 6, 8]
     for place, picture in zip((0, 3, 4, 7), record.payload["images"], strict=True):
         assert picture.shape == (HEIGHT, 3 * HEIGHT + 2 * GAP, 3) and picture.dtype == np.uint8
         image = examples.images.image(place).numpy().repeat(2, 0).repeat(2, 1)

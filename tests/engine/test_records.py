@@ -32,6 +32,16 @@ def test_small_images_keep_their_bits():
         assert (shown == image).all()
 
 
+def test_captions_of_labelled_images_name_their_class():
+    images, names = np.zeros((2, 4, 4, 3), dtype=np.uint8), ("gull", "tern")
+    bare = Record("images", "birds", {"images": images, "labels": [1, 0]})
+    assert record_to_plain(bare, names)["payload"]["captions"] == ["tern", "gull"]
+    said = Record("images", "birds", {**bare.payload, "captions": ["before", "after"]})
+    payload = record_to_plain(said, names)["payload"]
+    assert payload["captions"] == ["tern: before", "gull: after"]
+    assert "labels" not in payload
+
+
 def test_large_images_are_kept_small():
     rng = np.random.default_rng(0)
     smooth = cv2.resize(rng.integers(0, 256, (16, 32, 3), dtype=np.uint8), (260, 128))
