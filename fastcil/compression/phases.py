@@ -1,0 +1,177 @@
+"""The walk of real coding: latent by latent, with the entropy model computed in one fixed mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastcil.compression.fixed import fixed_copy, fixed_mode, laid_out
+from fastcil.compression.tables import Tables
+from fastcil.errors import FastcilError
+
+if TYPE_CHECKING:
+    from fastcil.compression.model import CodecModel
+
+
+class Phases:
+    """One coding of images of one size, by both sides of a bitstream.
+
+    For each latent in turn, ``mean, index = prior(i)``; the encoder asks ``quantise(i, features)``
+    for the symbols and writes them, the decoder reads them, with the row ``index`` of
+    ``tables(i)``; both ``feed(i, symbols)``. After the last, ``image()`` reconstructs.
+
+    The entropy model is a copy on the CPU in the model's ``entropy_dtype``, and sees one image at a
+    time on one thread (`fixed_mode`): means and indices depend on nothing but the symbols, λ, the
+    weights, the machine and the versions. The encoder's and the decoder's parts run as a batch
+    where the model lies; they choose symbols and pixels, never probabilities.
+
+    Args:
+        model: In evaluation or training mode, which makes no difference.
+        height, width: Sides of the images.
+        lmbda: One λ, or one per image.  # [B]
+        batch: Number of images.
+
+    Raises:
+        FastcilError: Sides or batch below 1, or a λ that isn't positive.
+
+    Example:
+        >>> from fastcil.compression.zoo import build_codec
+        >>> model = build_codec("hierarchical-tiny")
+        >>> features = model.features(torch.rand(1, 3, 64, 64), 100.0)
+        >>> phases = Phases(model, 64, 64, lmbda=100.0)
+        >>> for i in range(phases.count):
+        ...     mean, index = phases.prior(i)
+        ...     phases.feed(i, phases.quantise(i, features))
+        >>> phases.image().shape
+        torch.Size([1, 3, 64, 64])
+    """
+
+    def __init__(
+        self, model: CodecModel, height: int, width: int, lmbda: float | Tensor, batch: int = 1
+    ) -> None:
+        if height < 1 or width < 1 or batch < 1:
+            raise FastcilError(
+                f"height, width and batch are {height}, {width} and {batch}; each must be at least "
+                f"1."
+            )
+        self.count = len(model.latent_names)
+        self.shapes = model.latent_shapes(height, width)
+        self._model, self._size = model, (height, width)
+        self._lmbda = model.rates(lmbda, batch, "cpu")
+        self._dtype = model.entropy_dtype
+        self._device = next(model.decoder.parameters()).device
+        self._next = 0
+        self._latents: list[Tensor] = []
+        self._read: list[Tensor] = []
+        self._prior: tuple[Tensor, Tensor] | None = None
+        with fixed_mode():
+            self._entropy = fixed_copy(model.entropy, self._dtype)
+            embedding: list[Tensor | None] = [None] * batch
+            if "entropy" in model.embeddings:
+                mlp = fixed_copy(model.embeddings["entropy"], self._dtype)
+                # The λ of a bitstream is a float32; its embedding is of the fixed dtype.
+                embedding = [mlp(rate.to(self._dtype)[None]) for rate in self._lmbda]
+            self._embedding = embedding
+            padded = model.padded(height, width)
+            self._states = [self._entropy.start(1, *padded) for _ in range(batch)]
+
+    @property
+    def latents(self) -> tuple[Tensor, ...]:
+        """z of the latents fed so far, in the fixed dtype on the CPU, [B, C, h, w] each."""
+        return tuple(self._latents)
+
+    def tables(self, i: int) -> Tables:
+        """Integer tables of latent i: symbol s at index t is coded with row t."""
+        with fixed_mode():
+            return self._entropy.tables(i)
+
+    def prior(self, i: int) -> tuple[Tensor, Tensor]:
+        """What is known of latent i from the latents before it.
+
+        Returns:
+            mean, of the fixed dtype, and index uint8, on the CPU.  # [B, C, h, w] each
+        """
+        self._expect("prior", i)
+        if self._prior is None:
+            with fixed_mode():
+                pairs = [
+                    self._entropy.ahead(i, state, embedding)
+                    for state, embedding in zip(self._states, self._embedding, strict=True)
+                ]
+                self._states = [state for state, _ in pairs]
+                mean = torch.cat([laid_out(prior.mean, self._dtype) for _, prior in pairs])
+                self._prior = mean, torch.cat([prior.index() for _, prior in pairs])
+        return self._prior
+
+    @torch.no_grad()
+    def quantise(self, i: int, features: Sequence[Tensor]) -> Tensor:
+        """Symbols of latent i: round(q - mean).
+
+        Args:
+            i: The latent, after its ``prior``.
+            features: What ``model.features`` gave of the images.
+
+        Returns:
+            int32 on the CPU.  # [B, C, h, w]
+        """
+        mean, _ = self.prior(i)
+        device, dtype = features[i].device, features[i].dtype
+        state = torch.cat(self._states).to(device, dtype)
+        embedding = self._model.embed("encoder", self._lmbda.to(device))
+        q = self._model.posterior(i, features, state, embedding)
+        # Beyond the range of an int32 the cast would be undefined; no table gets near it.
+        symbols = (q.to("cpu", self._dtype) - mean).round().clamp(-(2.0**30), 2.0**30)
+        return symbols.to(torch.int32)
+
+    def feed(self, i: int, symbols: Tensor) -> None:
+        """Takes latent i's symbols: z = symbols + mean.
+
+        Args:
+            i: The latent, after its ``prior``.
+            symbols: Integers.  # [B, C, h, w]
+
+        Raises:
+            FastcilError: Symbols of another shape or dtype, or out of turn.
+        """
+        mean, _ = self.prior(i)
+        if symbols.shape != mean.shape or symbols.is_floating_point():
+            raise FastcilError(
+                f"symbols is {symbols.dtype} of shape {list(symbols.shape)}; latent {i} takes "
+                f"integers of shape {list(mean.shape)}."
+            )
+        with fixed_mode():
+            z = laid_out(symbols, self._dtype) + mean
+            pairs = [
+                self._entropy.advance(i, state, laid_out(z[b : b + 1], self._dtype), embedding)
+                for b, (state, embedding) in enumerate(
+                    zip(self._states, self._embedding, strict=True)
+                )
+            ]
+        self._latents.append(z)
+        self._read.append(torch.cat([feature for feature, _ in pairs]))
+        self._states = [state for _, state in pairs]
+        self._prior = None
+        self._next += 1
+
+    @torch.no_grad()
+    def image(self) -> Tensor:
+        """The images, in 0..1, where the model lies [B, 3, H, W].
+
+        Raises:
+            FastcilError: Not every latent has been fed.
+        """
+        if self._next < self.count:
+            raise FastcilError(f"image needs all {self.count} latents; {self._next} are fed.")
+        latents = [z.to(self._device, torch.float32) for z in self._latents]
+        read = [feature.to(self._device, torch.float32) for feature in self._read]
+        padded = self._model.decode(latents, read, self._lmbda.to(self._device))
+        height, width = self._size
+        return padded[..., :height, :width].clamp(0, 1)
+
+    def _expect(self, name: str, i: int) -> None:
+        """Raises unless it is latent i's turn."""
+        if i != self._next:
+            raise FastcilError(f"{name} is asked for latent {i}; the next one is {self._next}.")
