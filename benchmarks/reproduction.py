@@ -27,11 +27,12 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "reproduction"
 # Where a figure was taken: what a reader needs to take it again.
 FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "threads", "device")
-COLUMNS = ("method", "average", "last", "difference", "exemplars", "bytes", "with networks")
+COLUMNS = ("method", "average", "last", "BWT", "difference", "exemplars", "bytes", "with networks")
 PRESET_COLUMNS = (
-    *("preset", "method", "published", "in", "average", "last", "seeds", "hours", "device"),
+    *("preset", "method", "published", "in", "average", "last", "BWT", "seeds", "hours", "device"),
     *("commit", "changed"),
 )
+MEASURES = ("average", "last", "bwt")
 # What a run may have of its own without being another experiment.
 FREE = ("seeds", "device", "preset", "codec", "method", "load.", "engine.threads")
 FREE += ("engine.progress", "engine.tensorboard", "engine.checkpoint_seconds", "engine.scan_batch")
@@ -57,8 +58,12 @@ def keep(name: str, run_dir: Path) -> Path:
             method: {name: result.curve(name).round(3).tolist() for name in result.readouts}
             for method, result in comparison.results.items()
         },
+        "first_task": {
+            method: result.accuracy_matrix[:, 0].round(3).tolist()
+            for method, result in comparison.results.items()
+        },
         "per_seed": {
-            method: {measure: result.per_seed(measure) for measure in ("average", "last")}
+            method: {measure: result.per_seed(measure) for measure in MEASURES}
             for method, result in comparison.results.items()
         },
     }
@@ -78,10 +83,10 @@ def keep_preset(run_dir: Path) -> Path:
         "method": method,
         "seeds": [outcome.seed for outcome in result.outcomes],
         "readouts": {
-            readout: {m: mean_interval(result.per_seed(m, readout)) for m in ("average", "last")}
+            readout: {m: mean_interval(result.per_seed(m, readout)) for m in MEASURES}
             for readout in result.readouts
         },
-        "per_seed": {measure: result.per_seed(measure) for measure in ("average", "last")},
+        "per_seed": {measure: result.per_seed(measure) for measure in MEASURES},
         "hours": result.seconds / 3600,
         "exemplars": result.exemplars,
         "nbytes": result.nbytes,
@@ -119,12 +124,13 @@ def preset_tables() -> str:
     families = dict.fromkeys(name.partition("/")[0] for name in preset_names())
     for family in families:
         names = [name for name in preset_names() if name.startswith(f"{family}/")]
-        lines = ["| " + " | ".join(PRESET_COLUMNS) + " |", "|" + "---|" * len(PRESET_COLUMNS)]
-        done = 0
-        for name in names:
-            rows = preset_rows(name)
-            done += sum(bool(row[4]) and not row[1].startswith("&emsp;") for row in rows)
-            lines += ["| " + " | ".join(row) + " |" for row in rows]
+        rows = [row for name in names for row in preset_rows(name)]
+        done = sum(bool(row[4]) and not row[1].startswith("&emsp;") for row in rows)
+        # Backward transfer is shown where it was published.
+        transfer = any(f.bwt is not None for name in names for f in read_preset(name).published)
+        shown = [k for k, column in enumerate(PRESET_COLUMNS) if column != "BWT" or transfer]
+        lines = ["| " + " | ".join(row[k] for k in shown) + " |" for row in (PRESET_COLUMNS, *rows)]
+        lines.insert(1, "|" + "---|" * len(shown))
         summary = f"<code>{family}</code>: {len(names)} presets, {done} methods' runs kept"
         head = f"<details><summary>{summary}</summary>"
         parts.append("\n".join([head, "", *lines, "", "</details>"]))
@@ -141,15 +147,17 @@ def preset_rows(name: str) -> list[list[str]]:
     published += [Published(method, None, None, "") for method in runs if method not in told]
     rows, source = [], ""
     for figure in published:
-        cells = [f"`{name}`" if not rows else "", f"`{figure.method}`", _both(figure)]
+        cells = [f"`{name}`" if not rows else "", f"`{figure.method}`", figure.text]
         cells.append(figure.source if figure.source != source else "")
         source = figure.source
         run = runs.get(figure.method)
         if run is None:
             rows.append([*cells, *[""] * (len(PRESET_COLUMNS) - len(cells))])
             continue
+        if figure.exemplars is not None:
+            cells[2] += f" (here {run['exemplars']:,.0f})"
         for number, (readout, measures) in enumerate(run["readouts"].items()):
-            ours = [_figure(*measures[measure]) for measure in ("average", "last")]
+            ours = [_figure(*measures[m]) if m in measures else "" for m in MEASURES]
             if number:
                 rows.append(["", f"&emsp;{readout}", "", "", *ours, *[""] * 5])
                 continue
@@ -161,29 +169,23 @@ def preset_rows(name: str) -> list[list[str]]:
     return rows
 
 
-def _both(figure: Published) -> str:
-    """Average, and last where it is published."""
-    if figure.average is None and figure.last is None:
-        return ""
-    average, last = ("-" if a is None else f"{a:.2f}" for a in (figure.average, figure.last))
-    return average if last == "-" else f"{average} / {last}"
-
-
 def table(content: dict[str, Any]) -> str:
     """The Markdown table of a kept comparison, and a line that says where it comes from."""
     rows = [Row(**row) for row in content["rows"]]
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    measures = [measure for measure in MEASURES if measure in rows[0].measures]
+    columns = [column for column in COLUMNS if column != "BWT" or "bwt" in measures]
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     seen: set[str] = set()
     for row in rows:
         first = row.method not in seen
         seen.add(row.method)
         cells = [
             f"`{row.method}`" if first else f"&emsp;{row.readout}",
-            *(_figure(*row.measures[measure]) for measure in ("average", "last")),
+            *(_figure(*row.measures[measure]) for measure in measures),
             _figure(*row.differences["average"], sign=True) if row.differences else "",
             *((f"{row.exemplars:,.0f}", f"{row.nbytes:,}", f"{row.all_nbytes:,}") if first else ""),
         ]
-        cells += [""] * (len(COLUMNS) - len(cells))
+        cells += [""] * (len(columns) - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
     facts = content["environment"]
     where = (

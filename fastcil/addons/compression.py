@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -257,7 +257,7 @@ def check_sizes(addon: str, config: BoxConfig, context: Context) -> None:
         )
 
 
-def check_network(addon: str, method: Method, needs: Iterable[str]) -> None:
+def check_network(addon: str, method: Method, needs: Collection[str]) -> None:
     """Raises unless the method's network, if there is one yet, has what an addon needs of it."""
     if getattr(method, "network", None) is None:
         return
@@ -269,3 +269,10 @@ def check_network(addon: str, method: Method, needs: Iterable[str]) -> None:
             f"{type(method).__name__} shows it has no {' and no '.join(missing)}; build it as a "
             f"fastcil.nn.Network."
         )
+    if "cam_weights" in needs:
+        try:
+            network.cam_weights(torch.empty(0, dtype=torch.int64))
+        except FastcilError as error:
+            raise CompositionError(
+                f"addon '{addon}' makes class activation maps; {error}"
+            ) from error

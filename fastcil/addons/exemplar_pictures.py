@@ -53,22 +53,35 @@ def compare_pictures(title: str, before: Examples, after: ImageStore, count: int
         most = int(np.abs(change).max())
         gain = 127 // max(1, most)
         shown = [old, new, (128 + gain * change).clip(0, 255).astype(np.uint8)]
-        payload["images"].append(_side_by_side([_scaled(picture) for picture in shown]))
+        payload["images"].append(side_by_side([scaled(picture) for picture in shown]))
         payload["labels"].append(int(before.labels[place]))
         payload["captions"].append(f"before, after, difference x {gain} (at most {most} levels)")
     return Record("images", title, payload)
 
 
-def _scaled(picture: Picture) -> Picture:
-    """The picture at one height; small ones show their pixels."""
+def scaled(picture: Picture) -> Picture:
+    """A picture at the height of 96 pixels; small ones show their pixels.
+
+    Args:
+        picture: uint8 [H, W, 3].
+
+    Example:
+        >>> scaled(np.zeros((8, 16, 3), np.uint8)).shape
+        (96, 192, 3)
+    """
     height, width = picture.shape[:2]
     size = max(1, round(width * _HEIGHT / height)), _HEIGHT
     how = cv2.INTER_NEAREST if height < _HEIGHT else cv2.INTER_AREA
     return np.asarray(cv2.resize(picture, size, interpolation=how), dtype=np.uint8)
 
 
-def _side_by_side(pictures: list[Picture]) -> Picture:
-    """Pictures of one height with white gaps between."""
+def side_by_side(pictures: list[Picture]) -> Picture:
+    """Pictures as `scaled` makes them, with white gaps between.
+
+    Example:
+        >>> side_by_side([np.zeros((96, 10, 3), np.uint8)] * 2).shape
+        (96, 24, 3)
+    """
     gap = np.full((_HEIGHT, _GAP, 3), 255, dtype=np.uint8)
     parts = [part for picture in pictures for part in (gap, picture)][1:]
     return np.concatenate(parts, axis=1)

@@ -13,7 +13,12 @@ METHODS: dict[str, str | type] = {
     "finetune": "fastcil.methods.finetune:Finetune",
     "joint": "fastcil.methods.joint:Joint",
     "er": "fastcil.methods.er:ExperienceReplay",
+    "mer": "fastcil.methods.mer:MER",
+    "gem": "fastcil.methods.gem:GEM",
+    "a-gem": "fastcil.methods.a_gem:AGEM",
     "lwf": "fastcil.methods.lwf:LwF",
+    "ebm": "fastcil.methods.ebm:EBM",
+    "eec": "fastcil.methods.eec:EEC",
     "dark": "fastcil.methods.dark:Dark",
     "darkpp": "fastcil.methods.dark:DarkPP",
     "ewc": "fastcil.methods.ewc:EWC",
@@ -36,12 +41,14 @@ ADDONS: dict[str, str | type] = {
     "fisher": "fastcil.addons.fisher:Fisher",
     "mrdc": "fastcil.addons.mrdc:MRDC",
     "mnemonics": "fastcil.addons.mnemonics:Mnemonics",
+    "samc": "fastcil.addons.samc:SAMC",
     "aanets": "fastcil.addons.aanets:AANets",
 }
 CODECS: dict[str, str | type] = {
     "raw": "fastcil.memory.codecs.raw:RawCodec",
     "bbox": "fastcil.memory.codecs.bbox:BBoxCodec",
     "jpeg": "fastcil.memory.codecs.jpeg:JpegCodec",
+    "sparse": "fastcil.memory.codecs.sparse:SparseCodec",
 }
 ALIASES = {"ft-cnn": "finetune"}
 

@@ -27,6 +27,8 @@ class Task:
         allowance: Bytes that all that is kept may take once the task is done, for a method that
             keeps something else than exemplars; a budget in images allows what as many raw images
             of the task's mean size take.
+        online: Whether each new image is seen once: the engine lets no stage pass over
+            ``examples`` a second time.
 
     Example:
         >>> import numpy as np, torch
@@ -46,6 +48,7 @@ class Task:
     name: str = ""
     room: int = 0
     allowance: float = 0.0
+    online: bool = False
 
     @property
     def total(self) -> int:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcil.contract import Context, evaluating
 from fastcil.curvature.curvature import Curvature, Penalty, Scan, grown
 from fastcil.data import Examples
 from fastcil.nn import Tensors
+from fastcil.nn.norms import batch_norms, batch_statistics
 
 _WHERE, _HOW = "anchor/", "curvature/"
 
 
 def scan_of(
-    context: Context, model: nn.Module, examples: Examples, batch_statistics: bool = False
+    context: Context, model: nn.Module, examples: Examples, own_statistics: bool = False
 ) -> Scan:
     """Goes through a task's images, unaugmented, the model being in evaluation mode.
 
@@ -26,10 +25,10 @@ def scan_of(
         context: Reads the images.
         model: What the curvature is measured of.
         examples: The images.
-        batch_statistics: Whether batch norms that are in training mode stay so, but for the
+        own_statistics: Whether batch norms that are in training mode stay so, but for the
             running statistics, which don't move.
     """
-    training = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    training = [norm for norm in batch_norms(model) if norm.training]
 
     def scan(update: Callable[[Tensor, Tensor], None]) -> None:
         def look(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
@@ -37,24 +36,10 @@ def scan_of(
                 update(images, labels)
             return (labels,)
 
-        with evaluating(model), _unmoved(training if batch_statistics else []):
+        with evaluating(model), batch_statistics(training if own_statistics else []):
             context.scan_labelled(look, examples, look="centre")
 
     return scan
-
-
-@contextmanager
-def _unmoved(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Batch norms that use a batch's own statistics, and keep the running ones as they were."""
-    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
-    for norm in norms:
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, values in zip(norms, before, strict=True):
-            for name, value in values.items():
-                norm.get_buffer(name).copy_(value)
 
 
 def keep(model: nn.Module, names: Iterable[str], curvature: Curvature | None) -> Tensors:

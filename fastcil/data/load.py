@@ -22,6 +22,7 @@ from fastcil.data import (
     food101,
     imagenet,
     imagenet32,
+    mini_imagenet,
     mit67,
     mnist,
     scenes,
@@ -40,8 +41,14 @@ _PUBLISHED = (
     (imagenet32.is_imagenet32, imagenet32.load_imagenet32),
     (mit67.is_mit67, mit67.load_mit67),
     (food101.is_food101, food101.load_food101),
+    (mini_imagenet.is_mini_imagenet, mini_imagenet.load_mini_imagenet),
     (imagenet.is_imagenet, imagenet.load_imagenet),
 )
+# Data sets that go by a name: who finds them, who reads them.
+_NAMED = {
+    food101.NAME: (food101.find_food101, food101.load_food101),
+    mini_imagenet.NAME: (mini_imagenet.find_mini_imagenet, mini_imagenet.load_mini_imagenet),
+}
 _LIST = "list"
 _FORMS = (
     'give a path, "scenes", "cifar10", "cifar100", ((x_train, y_train), (x_test, y_test)), a pair'
@@ -66,6 +73,7 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
     | folder | ImageNet32 as npz: `fastcil.data.imagenet32.load_imagenet32` | |
     | folder | MIT-67, ``Images`` and its two lists: `fastcil.data.mit67.load_mit67` | |
     | ``"food101"`` or folder | its ``images`` and ``meta``: `fastcil.data.food101` | |
+    | ``"mini-imagenet"`` or folder | `fastcil.data.mini_imagenet` | |
     | ``"imagenet"`` or folder | ``train``, ``val``, or Kaggle's: `fastcil.data.imagenet` | list |
     | ``"imagenet100"`` | a folder of its own, or classes of ImageNet | list |
     | ``.npz`` | ``x_train, y_train, x_test, y_test``, as Keras's ``mnist.npz`` | class_names |
@@ -227,8 +235,8 @@ def _path_reader(
 
 def _place(source: str | os.PathLike[str]) -> Path:
     """Where a data set lies that goes by a name or by its path."""
-    if source == food101.NAME:
-        return food101.find_food101()
+    if source in _NAMED:
+        return _NAMED[str(source)][0]()
     if source in imagenet.NAMES:
         return imagenet.find_imagenet(str(source))
     return resolve(source)
@@ -236,8 +244,8 @@ def _place(source: str | os.PathLike[str]) -> Path:
 
 def _published_reader(source: str | os.PathLike[str], path: Path) -> Callable[..., Dataset] | None:
     """Who reads a folder of a published form."""
-    if source == food101.NAME:
-        return food101.load_food101
+    if source in _NAMED:
+        return _NAMED[str(source)][1]
     if source in imagenet.NAMES:
         return imagenet.load_imagenet
     return next((read for tells, read in _PUBLISHED if tells(path)), None)

@@ -26,7 +26,8 @@ class RunArguments:
     Args:
         data: ``scenes``, a folder, ``.tar`` or ``.npz``, ``cifar100``, ``cifar10``; a part of
             one as in ``cifar100:classes=0-49``.
-        scenario: ``lfs-N``, ``lfh-N``, ``bA-incB``, ``task-N`` or ``data-N``.
+        scenario: ``lfs-N``, ``lfh-N``, ``bA-incB``, ``task-N`` or ``data-N``; with ``-online``
+            behind it every image is seen once.
         memory: ``64MiB``, ``"2000 images"``, ``"20 images/class"``, ``none``, ``unlimited``.
         codec: How exemplars are stored, if no addon says.
         seeds: Comma-separated.

@@ -1,4 +1,4 @@
-"""Several methods, the same data, the same seeds, the same memory: one table."""
+"""Several methods, the same data, the same seeds, as a rule the same memory: one table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastcil.engine.state import write_atomically
 from fastcil.engine.variants import Methods, parse_variants
 from fastcil.memory import Budget
 
-_MEASURES = ("average", "last", "forgetting")
+_MEASURES = ("average", "last", "forgetting", "bwt")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Row:
         nbytes: Bytes that the budget counts, at the end.
         all_nbytes: The same with curvature and networks beyond the first.
         seconds: Wall time.
+        transfer: Forward transfer, mean and half-width; None where it was not measured, and for
+            readouts beside the method's own.
     """
 
     method: str
@@ -58,10 +60,11 @@ class Row:
     nbytes: int
     all_nbytes: int
     seconds: float
+    transfer: tuple[float, float | None] | None = None
 
 
 class Comparison:
-    """Results of several methods at equal memory.
+    """Results of several methods, at equal memory unless variants bring budgets of their own.
 
     Args:
         results: Composition or label -> result, in the order asked for; a result's ``config``
@@ -72,6 +75,11 @@ class Comparison:
     def __init__(self, results: Mapping[str, Result], run_dir: Path | None = None) -> None:
         self.results = dict(results)
         self.run_dir = run_dir
+
+    @property
+    def memories(self) -> list[str]:
+        """The budgets, each once; a single one is that of every method."""
+        return list(dict.fromkeys(str(r.config["memory"]) for r in self.results.values()))
 
     def rows(self) -> list[Row]:
         """One row per method and readout."""
@@ -92,6 +100,8 @@ class Comparison:
                 paired = [a - b for a, b in zip(own, theirs, strict=True)]
                 differences[measure] = mean_interval(paired)
         last = [outcome.tasks[-1].nbytes for outcome in result.outcomes]
+        ahead = [f for o in result.outcomes if (f := o.forward_transfer) is not None]
+        told = readout == result.readouts[0] and len(ahead) == len(result.outcomes)
         return Row(
             method=method,
             readout=readout,
@@ -102,22 +112,29 @@ class Comparison:
             nbytes=max(n["budgeted"] for n in last),
             all_nbytes=max(n["all"] for n in last),
             seconds=result.seconds,
+            transfer=mean_interval(ahead) if told else None,
         )
 
     def table(self) -> Table:
         """The rows as a `rich` table; means with 95 % half-widths where there are three seeds."""
-        base = next(iter(self.results))
-        table = Table(title=f"mean of {self.rows()[0].seeds} seed(s); difference to {base}, paired")
+        base, rows = next(iter(self.results)), self.rows()
+        table = Table(title=f"mean of {rows[0].seeds} seed(s); difference to {base}, paired")
         table.add_column("method", no_wrap=True)
-        headings = ("average %", "last %", "forgetting", "difference", "exemplars", "bytes")
-        for heading in (*headings, "with networks", "minutes"):
+        transfer = any(row.transfer for row in rows)
+        own_memory = len(self.memories) > 1
+        headings = ["average %", "last %", "forgetting", "BWT", *["FWT"] * transfer, "difference"]
+        headings += [*["memory"] * own_memory, "exemplars", "bytes", "with networks", "minutes"]
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in self.rows():
-            own = row.readout == self.results[row.method].readouts[0]
+        for row in rows:
+            result = self.results[row.method]
+            own = row.readout == result.readouts[0]
             table.add_row(
                 row.method if own else f"  {row.readout}",
                 *(_figure(*row.measures[measure]) for measure in _MEASURES),
+                *[_figure(*row.transfer) if row.transfer else ""] * transfer,
                 _figure(*row.differences["average"], sign=True) if row.differences else "",
+                *[str(result.config["memory"])] * own_memory,
                 f"{row.exemplars:,.0f}",
                 f"{row.nbytes:,}",
                 f"{row.all_nbytes:,}",
@@ -158,15 +175,18 @@ def compare(
     backbone: Callable[[], torch.nn.Module] | None = None,
     **options: Any,
 ) -> Comparison:
-    """Runs methods x seeds at equal memory; finished runs in ``run_dir`` are read, not repeated.
+    """Runs methods x seeds at equal memory, unless variants have budgets of their own.
+
+    Finished runs in ``run_dir`` are read, not repeated.
 
     Args:
         methods: Compositions, or text with commas between; or a mapping from label to what is
-            particular: ``{"foster": {}, "mu 0": {"method": "foster+cim", "cim.mu": 0.0}}`` (see
+            particular: ``{"foster": {}, "mu 0": {"method": "foster+cim", "cim.mu": 0.0}}`` or
+            ``{"half": {"method": "er", "memory": "32MiB"}}`` (see
             `fastcil.engine.variants.parse_variants`). Differences are paired with the first.
         data: See `fastcil.train`.
         scenario: See `fastcil.train`.
-        memory: The budget of every method.
+        memory: The budget of every method, but for variants that bring their own.
         codec: Codec of the methods whose addons bring none.
         seeds: Seeds of every method.
         device: See `fastcil.train`.
@@ -195,7 +215,7 @@ def compare(
             variant.method,
             data if not plans else next(iter(plans.values())).dataset,
             arguments["scenario"],
-            arguments["memory"],
+            arguments["memory"] if variant.memory is None else variant.memory,
             variant.codec_beside(codec),
             seeds,
             device,

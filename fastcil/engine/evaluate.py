@@ -59,6 +59,35 @@ def count_correct(
     return result
 
 
+def count_ahead(
+    method: Method,
+    context: EngineContext,
+    examples: Examples,
+    classes: int,
+    tasks: Sequence[int] | None = None,
+) -> dict[str, int]:
+    """A task's test images classified correctly before the method has trained on the task.
+
+    Judged by `Method.logits`, the classifier that training goes on with: other readouts, such as
+    nearest means, know nothing of classes of which nothing was learned.
+
+    Args:
+        method: It has made room for the task's classes.
+        context: Reads the images.
+        examples: Test images of the task, labels in learning order.
+        classes: Known classes, the task's among them.
+        tasks: As `count_correct` takes them, the new task the last.
+
+    Returns:
+        ``correct`` images of ``count``, compared ``among`` so many classes.
+    """
+    own = None if tasks is None else same_task(tasks).to(context.device)
+    with evaluating(method):
+        first, _ = context.scan_labelled(_top5([method.logits], own), examples, look="centre")
+    among = classes if tasks is None else tasks[-1]
+    return {"correct": int(first.sum()), "count": len(examples), "among": among}
+
+
 def same_task(tasks: Sequence[int]) -> Tensor:
     """Which classes arrived together, bool [K, K].
 

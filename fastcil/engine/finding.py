@@ -13,7 +13,7 @@ from fastcil.memory import Budget
 def finding(comparison: Comparison) -> str:
     """The headline: who is best by average accuracy, by how much, and how sure that is.
 
-    Methods that held more than the budget (joint training) are named and not ranked. The
+    Methods that held more than their budget (joint training) are named and not ranked. The
     difference is that of the best to the runner-up, paired seed by seed; its 95 % interval is
     given from three seeds on.
 
@@ -23,13 +23,16 @@ def finding(comparison: Comparison) -> str:
     results = comparison.results
     if len(results) == 1:
         return _of_one(*next(iter(results.items())))
+    equally = (
+        "At equal memory" if len(comparison.memories) == 1 else "Each with a memory of its own"
+    )
     ranked = sorted(
         (method for method, result in results.items() if not exceeds_budget(result)),
         key=lambda method: -results[method].average_accuracy,
     )
     parts = []
     if len(ranked) > 1:
-        parts = _of_first_two(ranked, results)
+        parts = _of_first_two(ranked, results, equally)
     elif ranked:
         parts = [f"{ranked[0]} is the only method that kept to the budget."]
     left_out = [method for method in results if method not in ranked]
@@ -77,14 +80,14 @@ def _over_seeds(seeds: int, half: float | None) -> str:
     return f" (mean of {seeds} seeds)" if seeds > 1 else " (one seed)"
 
 
-def _of_first_two(ranked: list[str], results: dict[str, Result]) -> list[str]:
+def _of_first_two(ranked: list[str], results: dict[str, Result], equally: str) -> list[str]:
     best, second = results[ranked[0]], results[ranked[1]]
     seeds = len(best.outcomes)
     pairs = zip(best.per_seed("average"), second.per_seed("average"), strict=True)
     gain, half = mean_interval([a - b for a, b in pairs])
     superlative = "higher" if len(ranked) == 2 else f"highest of {len(ranked)}"
     parts = [
-        f"At equal memory, {ranked[0]}'s average accuracy is the {superlative}: "
+        f"{equally}, {ranked[0]}'s average accuracy is the {superlative}: "
         f"{best.average_accuracy:.1f} %, against {second.average_accuracy:.1f} % of {ranked[1]}.",
         _certainty(gain, half, seeds, len(ranked)),
         f"{ranked[0]} holds {best.exemplars:,.0f} exemplars, {ranked[1]} {second.exemplars:,.0f}.",

@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcil.contract import Record, Task
-from fastcil.data import Examples, ImageStore
 from fastcil.memory import Memory, make_codec
+from fastcil.memory.originals import find_original
 
 Picture = NDArray[np.uint8]
 
 TITLE = "Exemplars of"
 HEIGHT, _WIDTH = 128, 192
 _GAP = 4
-_COMPARED = 8192
 _BOX, _EDGE = (255, 190, 0), (20, 20, 20)
 
 
@@ -28,9 +27,7 @@ def exemplar_gallery(
 ) -> Record:
     """Pairs of pictures: an image with its box drawn, and the exemplar that was made of it.
 
-    The original of an exemplar is, among the task's images of its class and size (or, if the codec
-    shrank it, of its size at least), the one whose pixels differ least from what is remembered,
-    whatever the codec; images of more than 2730 pixels are compared at 8192 evenly spaced values.
+    The original of an exemplar is what `fastcil.memory.originals.find_original` takes for it.
     Pictures are scaled to a height of 128 pixels (or a width of 192, if that is less).
 
     Args:
@@ -45,6 +42,7 @@ def exemplar_gallery(
         their quotient. It is empty if nothing is kept of the task's new classes.
 
     Example:
+        >>> from fastcil.data import Examples, ImageStore
         >>> store = ImageStore.from_batch(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
         >>> new = Examples(store, torch.tensor([0, 1]))
         >>> task = Task(0, (0, 1), 0, new, new.select([]), "task 1")
@@ -63,9 +61,10 @@ def exemplar_gallery(
     payload: dict[str, list[Any]] = {"images": [], "captions": [], "shares": []}
     for place, label in enumerate(remembered.labels.tolist()):
         exemplar = remembered.images.image(place)
-        original = _original(task.examples, label, exemplar)
-        if original is None:
+        found = find_original(task.examples, label, exemplar)
+        if found is None:
             continue
+        original = task.examples.images.select([found]).to("cpu")
         raw = int(make_codec("raw").nbytes(original)[0])
         pair = _pair(original.image(0).numpy(), exemplar.numpy(), remembered.images.boxes[place])
         payload["images"].append(pair)
@@ -84,32 +83,6 @@ def _choose(labels: Tensor, classes: tuple[int, ...], count: int) -> Tensor:
     ranked = sorted((rank, k) for k, p in enumerate(places) for rank in range(len(p)))[:count]
     chosen = [places[k][rank] for rank, k in ranked]
     return torch.tensor(sorted(chosen), dtype=torch.int64)
-
-
-def _original(examples: Examples, label: int, exemplar: Tensor) -> ImageStore | None:
-    """The image of a class that an exemplar shows, in a store of one; None if none is so large.
-
-    An exemplar that is smaller than all of them was shrunk to the nearest pixel.
-    """
-    images = examples.images
-    sizes, size = images.sizes, torch.tensor(exemplar.shape[:2]).to(images.device)
-    mine = (examples.labels == label).to(images.device)
-    alike = mine & (sizes == size).all(1)
-    larger = mine & (sizes >= size).all(1)
-    candidates = (alike if bool(alike.any()) else larger).nonzero().flatten()
-    if not len(candidates):
-        return None
-    flat = exemplar.reshape(-1)
-    count = min(len(flat), _COMPARED)
-    places = torch.linspace(0, len(flat) - 1, count, dtype=torch.float64).long()
-    pixel, channel = places.to(images.device).div(3, rounding_mode="floor"), places % 3
-    row, column = pixel.div(size[1], rounding_mode="floor"), pixel % size[1]
-    height, width = sizes[candidates, None].unbind(2)  # [candidates, 1]
-    begin = (row * height // size[0]) * width + column * width // size[1]
-    begin = images.offsets[candidates, None] + 3 * begin
-    nearby = images.pixels[begin + channel.to(images.device)]
-    differences = (nearby.cpu().int() - flat[places].int()).abs().sum(1)  # [candidates]
-    return images.select(candidates[int(differences.argmin())].reshape(1)).to("cpu")
 
 
 def _pair(original: Picture, exemplar: Picture, box: Tensor) -> Picture:

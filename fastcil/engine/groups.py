@@ -55,6 +55,8 @@ class AugmentOptions:
             recipe has it.
         cutout: Side of Cutout's square, 0 for none; None follows the method's published recipe.
         antialias: Whether shrinking filters.
+        standardise: Whether pixels from 0 to 1 are standardised, by CIFAR-100's mean and deviation
+            up to 40 pixels and ImageNet's above; else they stay as they are.
     """
 
     size: int | None = None
@@ -68,6 +70,7 @@ class AugmentOptions:
     policy: Literal["auto", "none", "cifar", "imagenet"] = "auto"
     cutout: int | None = None
     antialias: bool = True
+    standardise: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class EngineOptions:
         batch_size: Replaces every recipe's batch size; None leaves them.
         scan_batch: Images per step of evaluation, selection and box making.
         knn: Neighbours that vote in a readout ``knn``, a probe of the features; 0 for none.
+        forward_transfer: Whether to measure forward transfer (Lopez-Paz and Ranzato 2017), which
+            takes one more look at each task's test images, before the task is trained.
         checkpoint_seconds: Least time between two checkpoints within a task; 0 for every step.
         order_seed: Seed of the class order; None keeps the data set's.
         init_seed: Seed of weights; None is the run's seed.
@@ -96,6 +101,7 @@ class EngineOptions:
     batch_size: int | None = None
     scan_batch: int = 256
     knn: int = 0
+    forward_transfer: bool = False
     checkpoint_seconds: float = 60.0
     order_seed: int | None = 1993
     init_seed: int | None = None

@@ -187,6 +187,7 @@ class Learner:
         tell: Listener,
         save: Callable[[Trainer], None] | None = None,
         resume: dict[str, Any] | None = None,
+        begun: Callable[[Task], None] | None = None,
     ) -> None:
         """Trains on one task and updates memory; evaluation and `Method.release` are left.
 
@@ -197,11 +198,12 @@ class Learner:
             save: Called between steps; see `Trainer`.
             resume: A trainer's state to go on from, this learner having been restored to the
                 same moment; None to begin.
+            begun: Called before the task is trained; see `Lesson`.
         """
         threads = self.settings.engine.threads
         if threads is not None:
             torch.set_num_threads(threads)
-        Lesson(self.parts, self.settings, self.seed, tell, save).run(task, resume)
+        Lesson(self.parts, self.settings, self.seed, tell, save, begun).run(task, resume)
         self.class_names += tuple(names)
         self.tasks.append(len(names))
 

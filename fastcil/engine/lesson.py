@@ -10,6 +10,7 @@ import torch
 
 from fastcil.contract import Stage, Task, evaluating
 from fastcil.engine.events import Listener
+from fastcil.engine.online import see_once
 from fastcil.engine.options import Settings
 from fastcil.engine.parts import Parts
 from fastcil.engine.seeds import mix
@@ -29,6 +30,8 @@ class Lesson:
         seed: Of what ``engine.init_seed`` and ``engine.data_seed`` leave open.
         tell: Hears the trainer's events.
         save: Called between steps; see `Trainer`.
+        begun: Called with the task once there is room for its classes, before it is trained; not
+            called again where a lesson is resumed.
     """
 
     parts: Parts
@@ -36,6 +39,7 @@ class Lesson:
     seed: int
     tell: Listener
     save: Callable[[Trainer], None] | None = None
+    begun: Callable[[Task], None] | None = None
 
     def run(self, task: Task, resume: dict[str, Any] | None = None) -> None:
         """Trains on the task, updates memory, refines what it holds.
@@ -47,6 +51,8 @@ class Lesson:
         if resume is None:
             task = self._begin(task)
         self.parts.to_device()
+        if resume is None and self.begun is not None:
+            self.begun(task)
         if resume is None or not resume.get("remembered", False):
             self._learn(task, resume)
             resume = None
@@ -88,6 +94,7 @@ class Lesson:
         stages = self.parts.method.stages(task)
         for addon in self.parts.addons:
             stages = addon.stages(task, stages)
+        see_once(stages, task)
         self._train(stages, self._key(_DATA, task), resume)
         if task.first and self.settings.groups["network"].norms == "first":
             self.parts.method.network.freeze_norms()
@@ -99,6 +106,7 @@ class Lesson:
         stages = [stage for addon in self.parts.addons for stage in addon.refinements(task)]
         if not stages:
             return
+        see_once(stages, task)
         self._train(stages, self._key(_REFINE, task), resume)
         for addon in self.parts.addons:
             changed = addon.refined(task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,39 @@ def backward_transfer(matrix: Array) -> float:
         return 0.0
     moved = (matrix[-1] - np.diag(matrix))[:-1]
     return float(np.nanmean(moved)) if not np.isnan(moved).all() else 0.0
+
+
+def forward_transfer(ahead: Sequence[Mapping[str, int] | None]) -> float | None:
+    r"""Mean over later tasks of a_{t-1,t} - b_t (Lopez-Paz and Ranzato 2017, Eq. 4).
+
+    .. math:: \mathrm{FWT} = \frac{1}{T-1} \sum_{t=2}^{T} (a_{t-1,t} - b_t)
+
+    in percentage points: a_{t-1,t} is the accuracy on task t's test images before anything was
+    trained on the task, b_t that of a network at random initialisation. Heads grow here, so
+    a_{t-1,t} is taken once there are outputs for the task's classes. b_t is chance, 1 / K of the K
+    classes that are compared: the rows of a linear head are drawn alike, so exchanging two of them
+    is as likely a draw, and each class is as often first as any other.
+
+    By the same symmetry a_{t-1,t} is b_t in expectation wherever the outputs that are compared are
+    all fresh: in a task-incremental stream whose heads start at random, any FWT is luck. Among all
+    known classes trained outputs tend to outdo fresh ones, and FWT is near -1 / K. It tells
+    something where new outputs are imprinted, or where tasks bring no new classes.
+
+    Args:
+        ahead: Of each task ``correct`` images of ``count`` before it was trained, compared
+            ``among`` so many classes; the first is not looked at.
+
+    Returns:
+        None if a later task was not measured, or there is none.
+
+    Example:
+        >>> forward_transfer([None, {"correct": 6, "count": 8, "among": 2}])
+        25.0
+    """
+    later = [task for task in ahead[1:] if task is not None]
+    if not later or len(later) < len(ahead) - 1:
+        return None
+    return float(np.mean([100 * (t["correct"] / t["count"] - 1 / t["among"]) for t in later]))
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:

@@ -86,6 +86,7 @@ def fingerprint(dataset: Dataset) -> str:
 def _stream_fingerprint(scenario: Scenario) -> str:
     """A checksum that tells apart two streams of one name: each task's classes and images."""
     value = zlib.crc32(b"task-aware") if scenario.task_aware else 0
+    value = zlib.crc32(b"online", value) if scenario.online else value
     for arrival in scenario.arrivals:
         images = [] if arrival.images is None else arrival.images.tolist()
         value = zlib.crc32(repr((arrival.classes, images)).encode(), value)

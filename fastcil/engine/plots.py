@@ -116,22 +116,48 @@ def plot_forgetting(results: Results) -> Figure:
     return finish(figure, axes)
 
 
+def plot_first_task(results: Results) -> Figure:
+    """Accuracy on the first task's classes, as more are learned (Bai et al. 2023, Fig. 3).
+
+    Lines are means over seeds, bands reach from the lowest to the highest.
+
+    Args:
+        results: Method -> result.
+    """
+    figure = make_figure(6.7, 3.2)
+    axes = figure.subplots()
+    for number, (method, result) in enumerate(results.items()):
+        x, label = _steps(result)
+        seeds = np.stack([outcome.accuracy_matrix()[:, 0] for outcome in result.outcomes])
+        look = line_look(number)
+        axes.plot(x, seeds.mean(0), lw=1.9, label=method, **look)
+        if len(seeds) > 1:
+            draw_band(axes, x, seeds, look["color"], len(results))
+        axes.set_xlabel(label)
+    axes.set_xticks(_thin(x))
+    axes.set_ylabel("accuracy on the first task, %")
+    name_lines(figure, axes)
+    return finish(figure, axes)
+
+
 def plot_memory(results: Results) -> Figure:
     """What memory holds after each task against what it may hold, and how many exemplars.
 
-    The left axes are in the unit of the first result's budget and show the fullest seed; the
-    right ones count exemplars, mean over seeds.
+    The left axes are in the unit of the budgets (bytes where they have several) and show the
+    fullest seed; the right ones count exemplars, mean over seeds.
 
     Args:
-        results: Method -> result, all with one budget.
+        results: Method -> result.
     """
     first = next(iter(results.values()))
-    unit = Budget.parse(first.config["memory"]).unit
+    units = [Budget.parse(result.config["memory"]).unit for result in results.values()]
+    unit = "images" if set(units) == {"images"} else "bytes"
     amounts = {method: held_amounts(result, unit).max(0) for method, result in results.items()}
-    limits = [task.limit for task in first.outcomes[0].tasks if task.limit is not None]
+    limits = _limits(results, unit)
     scale, name = 1.0, "raw images"
     if unit == "bytes":
-        scale, name = byte_scale(max([*limits, *(float(a.max()) for a in amounts.values())]))
+        largest = [*map(max, limits), *(float(a.max()) for a in amounts.values())]
+        scale, name = byte_scale(max(largest))
     figure = make_figure(10.6, 3.2)
     held, count = figure.subplots(1, 2)
     for number, (method, result) in enumerate(results.items()):
@@ -140,10 +166,11 @@ def plot_memory(results: Results) -> Figure:
         held.plot(x, amounts[method] / scale, lw=1.9, label=method, **look)
         totals = [[sum(task.exemplars) for task in o.tasks] for o in result.outcomes]
         count.plot(x, np.mean(totals, axis=0), lw=1.9, **look)
-    if limits:
-        x, _ = _steps(first)
-        drawn = np.array(limits) / scale
-        held.plot(x, drawn, color=INK, lw=1.3, ls=(0, (4, 3)), label="limit of the budget")
+    x, _ = _steps(first)
+    called = "limit of the budget" if len(limits) == 1 else "limits of the budgets"
+    for place, line in enumerate(limits):
+        look = {"color": INK, "lw": 1.3, "ls": (0, (4, 3))}
+        held.plot(x, np.array(line) / scale, label=called if place == 0 else None, **look)
     for axes, text in ((held, f"held, {name}"), (count, "exemplars held")):
         axes.set_xlabel(label)
         axes.set_ylabel(text)
@@ -264,6 +291,16 @@ def _draw_lines(axes: Axes, payload: Mapping[str, Any]) -> None:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     else:
         axes.set_ylabel(payload.get("ylabel") or next(iter(lines), ""))
+
+
+def _limits(results: Results, unit: str) -> list[tuple[float, ...]]:
+    """What the budgets in a unit allow after each task, each once."""
+    found = [
+        tuple(task.limit for task in result.outcomes[0].tasks if task.limit is not None)
+        for result in results.values()
+        if Budget.parse(result.config["memory"]).unit == unit
+    ]
+    return [limits for limits in dict.fromkeys(found) if limits]
 
 
 def held_amounts(result: Result, unit: str) -> Array:

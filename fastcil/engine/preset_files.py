@@ -32,12 +32,33 @@ class Published:
         average: Average accuracy in percent, the first task included; None where there is none.
         last: Accuracy after the last task.
         source: Paper and table.
+        bwt: Backward transfer in points, as that paper averages it.
+        exemplars: Exemplars held after the last task.
     """
 
     method: str
     average: float | None
     last: float | None
     source: str
+    bwt: float | None = None
+    exemplars: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The figures that there are, as people read them.
+
+        Example:
+            >>> Published("er", 70.1, 62.5, "").text, Published("er", 70.1, None, "").text
+            ('70.10 / 62.50', '70.10')
+            >>> Published("gem", None, 50.28, "", bwt=-13.56).text
+            '- / 50.28, BWT -13.56'
+        """
+        both = [self.average] if self.last is None else [self.average, self.last]
+        shown = " / ".join("-" if figure is None else f"{figure:.2f}" for figure in both)
+        parts = [] if shown == "-" else [shown]
+        parts += [] if self.bwt is None else [f"BWT {self.bwt:.2f}"]
+        parts += [] if self.exemplars is None else [f"{self.exemplars:,.0f} exemplars"]
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,7 @@ def read_preset(name: str) -> RunPreset:
         >>> preset = read_preset("cim/imagenet100-lfh5")
         >>> preset.arguments["memory"], preset.published[0]
         ('20 images/class', Published(method='icarl', average=62.53, last=None, \
-source='Luo et al. (2023), Table 1'))
+source='Luo et al. (2023), Table 1', bwt=None, exemplars=None))
     """
     for stem, content in _files():
         for run, own in content["runs"].items():
@@ -184,8 +205,12 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _published(sources: Mapping[str, Mapping[str, Any]]) -> Iterator[Published]:
-    """Figures of ``source -> {method: average}`` or ``{method: [average, last]}``."""
+    """Figures of ``source -> {method: average}``, ``[average, last]`` or a mapping of names."""
     for source, figures in sources.items():
         for method, figure in figures.items():
-            average, last = figure if isinstance(figure, list) else (figure, None)
-            yield Published(method, average, last, source)
+            if isinstance(figure, Mapping):
+                named = {"average": None, "last": None, **figure}
+            else:
+                both = figure if isinstance(figure, list) else (figure, None)
+                named = dict(zip(("average", "last"), both, strict=True))
+            yield Published(method=method, source=source, **named)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcil.contract import Stage, Stream, Task
+from fastcil.contract import Stage, Task
 from fastcil.data import Examples
 from fastcil.data.ranks import rank_in_class
 from fastcil.engine.lesson import Lesson
+from fastcil.engine.online import leading, taken
 from fastcil.engine.parts import Parts
 from fastcil.engine.plan import Plan
 from fastcil.engine.resolve import natural_look, pick_device
@@ -184,13 +185,13 @@ class _Rehearsal(Lesson):
         """The stage before it is cut short."""
         assert self.task is not None
         read = {part.name: part.streams for part in (stage, *stage.companions)}
-        lead = next((stream for stream in stage.streams if len(stream)), None)
+        lead = leading(stage)
         new = old = 0
         balanced = False
         if lead is not None:
             fresh = torch.tensor([part is self.task.examples for part in lead.parts])
-            taken = _taken(lead)
-            new, old = int(taken[fresh].sum()), int(taken[~fresh].sum())
+            counts = taken(lead)
+            new, old = int(counts[fresh].sum()), int(counts[~fresh].sum())
             balanced = isinstance(lead.subset, Tensor) and 0 < new < len(self.task.examples)
         return RehearsedStage(
             stage.name,
@@ -206,15 +207,6 @@ class _Rehearsal(Lesson):
                 for name, streams in read.items()
             },
         )
-
-
-def _taken(stream: Stream) -> Tensor:
-    """Images that a stream holds of each of its parts, int64."""
-    lengths = torch.tensor([len(part) for part in stream.parts])
-    if not isinstance(stream.subset, Tensor):
-        return lengths
-    part = torch.bucketize(stream.subset.cpu(), lengths.cumsum(0), right=True)
-    return torch.bincount(part, minlength=len(lengths))
 
 
 def _task(plan: Plan, parts: Parts, number: int) -> Task:
@@ -234,6 +226,7 @@ def _task(plan: Plan, parts: Parts, number: int) -> Task:
         examples=pick(plan.dataset.train, first, order),
         exemplars=parts.memory.examples(),
         name=f"rehearsal {number + 1}",
+        online=plan.scenario.online,
     )
 
 

@@ -22,6 +22,7 @@ _SECTIONS = {
     "accuracy": ("Accuracy", sections.accuracy_section),
     "tasks": ("Accuracy by task", sections.matrix_section),
     "forgetting": ("Forgetting", sections.forgetting_section),
+    "sweeps": ("Accuracy by setting", sections.sweeps_section),
     "memory": ("Memory", memory_sections.memory_section),
     "exemplars": ("Exemplars beside their originals", memory_sections.gallery_section),
     "records": ("From inside the methods", memory_sections.records_section),

@@ -83,6 +83,7 @@ def make_augmentation(
     if cutout is None:
         cutout = 16 if published_policy and cifar and policy != "none" else 0
     make = Augmentation.cifar if cifar else Augmentation.photos
+    plain = {} if options.standardise else {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     try:
         return make(
             size=size,
@@ -96,6 +97,7 @@ def make_augmentation(
             policy=policy,
             cutout=cutout,
             antialias=options.antialias,
+            **plain,
         )
     except ValueError as error:
         raise FastcilError(f"augment.{error}") from error

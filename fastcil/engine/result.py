@@ -35,6 +35,8 @@ class TaskOutcome:
         seconds: Wall time of the task, training to evaluation.
         records: What method and addons left for the report, `fastcil.contract.Record` as dicts.
         task_aware: Whether each test image was compared only among the classes of its own task.
+        ahead: Of the task's test images, how many of how many were classified correctly before
+            anything was trained on them, among how many classes; None where it was not measured.
     """
 
     classes: int
@@ -46,6 +48,7 @@ class TaskOutcome:
     seconds: float
     records: list[dict[str, Any]] = field(default_factory=list)
     task_aware: bool = False
+    ahead: dict[str, int] | None = None
 
 
 @dataclass
@@ -74,6 +77,11 @@ class SeedOutcome:
     def curve(self, readout: str | None = None, top: int = 1) -> Array:
         """Accuracy in percent on all known classes after each task, [T]."""
         return metrics.accuracy_curve(*self._columns(readout, top))
+
+    @property
+    def forward_transfer(self) -> float | None:
+        """See `fastcil.engine.metrics.forward_transfer`; None if it was not measured."""
+        return metrics.forward_transfer([task.ahead for task in self.tasks])
 
 
 class Result:
@@ -185,6 +193,12 @@ class Result:
         return float(np.mean(self.per_seed("bwt")))
 
     @property
+    def forward_transfer(self) -> float | None:
+        """See `fastcil.engine.metrics.forward_transfer`; None without engine.forward_transfer."""
+        found = [f for o in self.outcomes if (f := o.forward_transfer) is not None]
+        return float(np.mean(found)) if len(found) == len(self.outcomes) else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes that counted towards the budget after the last task; the largest seed's."""
         return max(outcome.tasks[-1].nbytes["budgeted"] for outcome in self.outcomes)
@@ -224,6 +238,9 @@ class Result:
             "last_accuracy": round(self.last_accuracy, 3),
             "forgetting": round(self.forgetting, 3),
             "bwt": round(self.bwt, 3),
+            "forward_transfer": None
+            if self.forward_transfer is None
+            else round(self.forward_transfer, 3),
             "curve": [round(float(a), 3) for a in self.curve()],
             "exemplars": self.exemplars,
             "nbytes": self.nbytes,

@@ -12,7 +12,7 @@ import torch
 
 from fastcil.contract import Task
 from fastcil.engine.environment import environment
-from fastcil.engine.evaluate import count_correct
+from fastcil.engine.evaluate import count_ahead, count_correct
 from fastcil.engine.events import JsonLines, Listener, TensorBoard, broadcast
 from fastcil.engine.learner import Learner
 from fastcil.engine.localisation import localisation_records
@@ -57,8 +57,8 @@ def train(
             part of one.
         scenario: New classes in each task: ``lfs-N`` (``lfs-5`` is the default), ``lfh-N``,
             ``bA-incB``; the same with the task known when predicting: ``task-N``; new images of all
-            classes in each task: ``data-N`` (see `fastcil.engine.scenario.split_classes`); or a
-            `Scenario`.
+            classes in each task: ``data-N``; each with ``-online`` behind it to see every image
+            once (see `fastcil.engine.scenario.split_classes`); or a `Scenario`.
         memory: ``"64MiB"``, ``"2000 images"`` (default), ``"20 images/class"`` or a `Budget`.
         codec: How exemplars are stored, if no addon says.
         seeds: One run each; figures are means over them.
@@ -158,6 +158,7 @@ class SeedRun:
         self.outcome = SeedOutcome(seed)
         self._saved_at = time.monotonic()
         self._task_began = 0.0
+        self._ahead: dict[str, int] | None = None
 
     def run(self) -> SeedOutcome:
         """Runs what is left to run and hands over everything measured."""
@@ -226,8 +227,11 @@ class SeedRun:
         assert self.learner is not None
         spent = resume["seconds"] if resume else 0.0
         self._task_began = time.monotonic() - spent
+        self._ahead = resume.get("ahead") if resume else None
         task, names = self._task(number)
-        self.learner.learn_task(task, names, tell, self._save_between_steps, resume)
+        wanted = self.plan.settings.engine.forward_transfer and number > 0
+        look = self._look_ahead if wanted else None
+        self.learner.learn_task(task, names, tell, self._save_between_steps, resume, look)
         outcome = self._measure(task, len(names))
         self.outcome.tasks.append(outcome)
         tell("evaluated", self._headline(number, outcome))
@@ -252,8 +256,19 @@ class SeedRun:
             examples=examples,
             exemplars=learner.memory.examples(),
             name=f"task {number + 1}",
+            online=plan.scenario.online,
         )
         return task, [plan.dataset.class_names[order[k]] for k in task.new_classes]
+
+    def _look_ahead(self, task: Task) -> None:
+        """Measures the method on a task that it has made room for, and not been trained on."""
+        assert self.learner is not None
+        scenario, method = self.plan.scenario, self.learner.method
+        test = pick(
+            self.plan.dataset.test, Arrival(scenario.arrivals[task.index].classes), scenario.order
+        )
+        tasks = [*self.learner.tasks, len(task.new_classes)] if scenario.task_aware else None
+        self._ahead = count_ahead(method, self.learner.parts.context, test, task.total, tasks)
 
     def _measure(self, task: Task, classes: int) -> TaskOutcome:
         assert self.learner is not None
@@ -293,6 +308,7 @@ class SeedRun:
                 *map(record_to_plain, found),
             ],
             task_aware=task_aware,
+            ahead=self._ahead,
         )
 
     def _headline(self, number: int, outcome: TaskOutcome) -> dict[str, Any]:
@@ -316,7 +332,7 @@ class SeedRun:
         assert self.learner is not None
         state = self.learner.checkpoint(trainer)
         seconds = time.monotonic() - self._task_began
-        self._save(state.pop("learner"), {**state, "seconds": seconds})
+        self._save(state.pop("learner"), {**state, "seconds": seconds, "ahead": self._ahead})
 
     def _save(self, learner: dict[str, Any], more: dict[str, Any]) -> None:
         """One file holds everything, so that a kill leaves this checkpoint or the one before."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastcil.data import Dataset, Examples
 from fastcil.errors import FastcilError
 
+_ONLINE = "-online"
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -34,7 +36,7 @@ class Scenario:
 
     The type carries more than class-incremental streams: arrivals that name the same classes
     again are data-incremental, arrivals with a few ``images`` each are few-shot, ``task_aware``
-    streams are scored within each task's classes, and ``online`` ones are seen once.
+    streams are scored within each task's classes, and of ``online`` ones every image is seen once.
 
     A class belongs to the task in which it first arrives; the accuracy matrix's columns are those
     tasks. A ``task_aware`` stream lets every class arrive once, so that an image has one task.
@@ -45,7 +47,9 @@ class Scenario:
         task_aware: Whether the task's identity is known when predicting: each test image's
             scores are then compared only among the classes of its own task, in every readout.
             Training does not change.
-        online: Whether each image is seen once.
+        online: Whether each image is seen once: every stage that trains on a task's new images
+            passes over them once, in one shuffle, whatever its recipe's length (see
+            `fastcil.engine.online.see_once`).
     """
 
     name: str
@@ -75,6 +79,16 @@ def class_order(classes: int, seed: int | None) -> list[int]:
     return order
 
 
+def without_online(text: str) -> str:
+    """A scenario's name without the ``-online`` that makes of any stream one that is seen once.
+
+    Example:
+        >>> without_online("task-20-online"), without_online("lfs-5")
+        ('task-20', 'lfs-5')
+    """
+    return text.removesuffix(_ONLINE)
+
+
 def split_classes(text: str, classes: int) -> list[int]:
     """How many new classes each task of a named scenario brings.
 
@@ -87,6 +101,9 @@ def split_classes(text: str, classes: int) -> list[int]:
     - ``data-N``: data-incremental: all classes in the first of N tasks, which come again in the
       others with images of their own (see `split_images`).
 
+    Behind each may stand ``-online``, as in ``task-20-online``: the same tasks, whose images are
+    seen once (`Scenario.online`).
+
     Raises:
         FastcilError: The name is none of these, or asks for more tasks than there are classes.
 
@@ -96,8 +113,9 @@ def split_classes(text: str, classes: int) -> list[int]:
         >>> split_classes("task-3", 20), split_classes("data-3", 20)
         ([7, 7, 6], [20, 0, 0])
     """
-    even = re.fullmatch(r"(lfs|lfh|task|data)-(\d+)", text)
-    steps = re.fullmatch(r"b(\d+)-inc(\d+)", text)
+    form = without_online(text)
+    even = re.fullmatch(r"(lfs|lfh|task|data)-(\d+)", form)
+    steps = re.fullmatch(r"b(\d+)-inc(\d+)", form)
     sizes: list[int] = []
     if even:
         tasks = int(even[2])
@@ -117,7 +135,7 @@ def split_classes(text: str, classes: int) -> list[int]:
     else:
         raise FastcilError(
             f"scenario is '{text}'; use 'lfs-N', 'lfh-N', 'bA-incB', 'task-N' or 'data-N', as in "
-            f"'lfs-5' or 'b50-inc10'."
+            f"'lfs-5' or 'b50-inc10', and '-online' behind it to see each image once."
         )
     if not sizes:
         raise FastcilError(
@@ -189,20 +207,21 @@ def make_scenario(
     _check_complete(dataset)
     if isinstance(scenario, str):
         order = class_order(total, order_seed)
-        if parts := re.fullmatch(r"data-([1-9]\d*)", scenario):
+        if parts := re.fullmatch(r"data-([1-9]\d*)", without_online(scenario)):
             arrivals = _data_arrivals(dataset, order, int(parts[1]), order_seed)
         else:
             arrivals, start = [], 0
             for size in split_classes(scenario, total):
                 arrivals.append(Arrival(tuple(order[start : start + size])))
                 start += size
-        return Scenario(scenario, tuple(arrivals), task_aware=scenario.startswith("task-"))
+        return Scenario(
+            scenario,
+            tuple(arrivals),
+            task_aware=scenario.startswith("task-"),
+            online=scenario.endswith(_ONLINE),
+        )
     if not scenario.arrivals:
         raise FastcilError("scenario has no task; give at least one Arrival.")
-    if scenario.online:
-        raise FastcilError(
-            "scenario.online is True, which no method of this version can do; leave it False."
-        )
     known: set[int] = set()
     for number, arrival in enumerate(scenario.arrivals):
         _check_arrival(f"scenario's task {number}", arrival, dataset, known)

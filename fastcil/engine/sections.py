@@ -22,11 +22,19 @@ from fastcil.engine.markup import (
 )
 from fastcil.engine.options import flatten
 from fastcil.engine.plot_style import method_colour
-from fastcil.engine.plots import plot_curves, plot_forgetting, plot_matrix, plot_seconds
+from fastcil.engine.plots import (
+    plot_curves,
+    plot_first_task,
+    plot_forgetting,
+    plot_matrix,
+    plot_seconds,
+)
 from fastcil.engine.result import Result
+from fastcil.engine.scenario import without_online
+from fastcil.engine.sweeps import find_sweeps, plot_sweep
 from fastcil.engine.timings import read_timings
 
-_MEASURES = ("average", "last", "forgetting")
+_MEASURES = ("average", "last", "forgetting", "bwt")
 _OPEN = 3
 
 
@@ -44,12 +52,13 @@ def header(comparison: Comparison) -> Html:
         "data": result.config["data"],
         "scenario": f"{result.config['scenario']}, {len(tasks)} tasks, "
         f"{sum(task.classes for task in tasks)} classes",
-        "memory": result.config["memory"],
+        "memory": ", ".join(comparison.memories),
         "seeds": ", ".join(str(outcome.seed) for outcome in result.outcomes),
         "device": result.environment.get("device", "unknown"),
     }
     shown = [Html(f"{name} {tag('b', value)}") for name, value in facts.items()]
-    kind = "a run" if len(comparison.results) == 1 else "a comparison at equal memory"
+    several = "a comparison at equal memory" if len(comparison.memories) == 1 else "a comparison"
+    kind = "a run" if len(comparison.results) == 1 else several
     return Html(
         tag("p", f"fastcil · {kind}", class_="kind")
         + tag("h1", title(comparison))
@@ -111,15 +120,21 @@ def results_section(comparison: Comparison) -> Html:
     """The table of the comparison, and how to read it."""
     rows = comparison.rows()
     several = len(comparison.results) > 1
-    columns = ["method", "average %", "last %", "forgetting"]
+    columns = ["method", "average %", "last %", "forgetting", "BWT"]
+    columns += ["FWT"] if any(row.transfer for row in rows) else []
     columns += ["difference"] if several else []
+    columns += ["memory"] if len(comparison.memories) > 1 else []
     columns += ["exemplars", "bytes counted", "bytes in all", "time per seed"]
     seeds = rows[0].seeds
     base = next(iter(comparison.results))
     notes = [
         "Average: mean over tasks, the first included, of the accuracy on all classes known. "
         "Last: accuracy on all classes after the last task. Forgetting: mean over earlier tasks "
-        "of the best past accuracy minus the last, in points (Chaudhry et al. 2018).",
+        "of the best past accuracy minus the last, in points (Chaudhry et al. 2018). BWT, backward "
+        "transfer: mean over the T - 1 earlier tasks of the last accuracy minus that right after "
+        "the task (Lopez-Paz and Ranzato 2017); where it is averaged over all T, the last with its "
+        "0, it is (T - 1) / T of this.",
+        *_transfer_notes(rows),
         *_stream_notes(comparison),
         f"Means over {seeds} seeds; ± is the half-width of the 95 % interval (Student's t)."
         if seeds > 2
@@ -128,9 +143,20 @@ def results_section(comparison: Comparison) -> Html:
     if several:
         notes.append(f"Difference: average accuracy minus {base}'s, paired seed by seed.")
     return Html(
-        table(columns, [_row(comparison, row, several) for row in rows])
+        table(columns, [_row(comparison, row, columns) for row in rows])
         + tag("p", " ".join(notes), class_="note")
     )
+
+
+def _transfer_notes(rows: list[Row]) -> list[str]:
+    """What forward transfer is, where it was measured."""
+    if not any(row.transfer for row in rows):
+        return []
+    return [
+        "FWT, forward transfer: mean over later tasks of the accuracy before the task was trained "
+        "minus chance, by the outputs made for its classes; of outputs drawn at random it is 0 but "
+        "for luck, if only these are compared."
+    ]
 
 
 def _stream_notes(comparison: Comparison) -> list[str]:
@@ -147,16 +173,22 @@ def _stream_notes(comparison: Comparison) -> list[str]:
             "Data-incremental: every task brings images of the classes that the first one brought, "
             "so that all accuracies are on the same test images, and forgetting is of these."
         )
+    if without_online(name := str(result.config["scenario"])) != name:
+        notes.append("Online: each stage passes over a task's images once.")
     return notes
 
 
-def _row(comparison: Comparison, row: Row, several: bool) -> list[Any]:
+def _row(comparison: Comparison, row: Row, columns: list[str]) -> list[Any]:
     own = row.readout == comparison.results[row.method].readouts[0]
     name = method_name(comparison, row.method) if own else tag("span", row.readout, class_="sub")
     cells = [name, *(format_figure(*row.measures[measure]) for measure in _MEASURES)]
-    if several:
+    if "FWT" in columns:
+        cells.append(format_figure(*row.transfer) if row.transfer else "")
+    if "difference" in columns:
         difference = row.differences.get("average")
         cells.append(format_figure(*difference, sign=True) if difference else "")
+    if "memory" in columns:
+        cells.append(str(comparison.results[row.method].config["memory"]) if own else "")
     shared = [f"{row.exemplars:,.0f}", f"{row.nbytes:,}", f"{row.all_nbytes:,}"]
     return [*cells, *([*shared, format_seconds(row.seconds)] if own else [""] * 4)]
 
@@ -193,20 +225,42 @@ def matrix_section(comparison: Comparison) -> Html:
 
 
 def forgetting_section(comparison: Comparison) -> Html:
-    """Forgetting of each earlier task; nothing where there is none, or but one that has classes."""
+    """Forgetting of each earlier task, and how the first fared; nothing where there is but one."""
     results = comparison.results.values()
     if any(len(result.outcomes[0].tasks) < 2 or result.data_incremental for result in results):
         return Html()
-    figure = plot_forgetting(comparison.results)
+    forgotten = plot_forgetting(comparison.results)
+    first = plot_first_task(comparison.results)
     return Html(
-        tag("div", plot(figure, "Forgetting of each earlier task"), class_="plots")
+        tag(
+            "div",
+            plot(forgotten, "Forgetting of each earlier task"),
+            plot(first, "Accuracy on the first task's classes, after each task"),
+            class_="plots",
+        )
         + tag(
             "p",
-            "Best accuracy that was ever reached on a task's classes, minus the accuracy after "
-            "the last task.",
+            "First: best accuracy that was ever reached on a task's classes, minus the accuracy "
+            "after the last task. Second: accuracy on the first task's classes, as more are "
+            "learned.",
             class_="note",
         )
     )
+
+
+def sweeps_section(comparison: Comparison) -> Html:
+    """Accuracy against each setting that was swept; nothing where none was."""
+    shown = [
+        plot(plot_sweep(sweep), f"Average and last accuracy by {sweep.name}")
+        for sweep in find_sweeps(comparison.results)
+    ]
+    if not shown:
+        return Html()
+    note = (
+        "Runs that differ in one setting only; bands reach from the lowest seed to the highest. "
+        "A budget is shown by its limit after the last task."
+    )
+    return Html(tag("div", *shown, class_="plots") + tag("p", note, class_="note"))
 
 
 def time_section(comparison: Comparison) -> Html:

@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 from fastcil.contract import lookup, parse_composition
 from fastcil.engine.options import check_codec, check_keys, config_types, flatten, nest
 from fastcil.errors import FastcilError
+from fastcil.memory import Budget
 
 Methods: TypeAlias = "str | Sequence[str] | Mapping[str, Mapping[str, Any] | None]"
-"""Compositions, or label -> {``method``, ``codec``, options}."""
+"""Compositions, or label -> {``method``, ``codec``, ``memory``, options}."""
 
 # A label is the name of a folder, on any system; the comparison's own files lie beside it.
 _UNFIT = frozenset('/\\:*?"<>|')
@@ -29,12 +30,14 @@ class Variant:
         method: The composition, as in ``foster+cim``.
         codec: Codec of its own; None for the comparison's.
         options: Options of its own, nested; they win over those that all share.
+        memory: Budget of its own; None for the comparison's.
     """
 
     label: str
     method: str
     codec: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    memory: Budget | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -69,8 +72,8 @@ def parse_variants(methods: Methods) -> list[Variant]:
     Args:
         methods: Compositions, as a sequence or as text with commas between; or a mapping from
             label to what differs: ``method``, the composition, where the label is none;
-            ``codec``; and dotted or nested options. The same composition may stand under several
-            labels.
+            ``codec``; ``memory``, a budget of its own; and dotted or nested options. The same
+            composition may stand under several labels.
 
     Returns:
         One variant each, in order.
@@ -86,6 +89,8 @@ def parse_variants(methods: Methods) -> list[Variant]:
         >>> sweep = {"foster+cim": {}, "mu 0": {"method": "foster+cim", "cim.mu": 0.0}}
         >>> [(v.label, v.method, dict(v.options)) for v in parse_variants(sweep)]
         [('foster+cim', 'foster+cim', {}), ('mu 0', 'foster+cim', {'cim': {'mu': 0.0}})]
+        >>> str(parse_variants({"more": {"method": "er", "memory": "64 MiB"}})[0].memory)
+        '64MiB'
     """
     if isinstance(methods, str):
         methods = methods.split(",")
@@ -106,19 +111,20 @@ def _variant(label: str, own: Any) -> Variant:
     """One entry of a mapping."""
     if own is not None and not isinstance(own, Mapping):
         raise FastcilError(
-            f"methods has '{label}': {own!r}; give a mapping of method, codec and options, or "
-            f"nothing."
+            f"methods has '{label}': {own!r}; give a mapping of method, codec, memory and "
+            f"options, or nothing."
         )
     options = {str(name): value for name, value in (own or {}).items()}
     named = options.pop("method", None)
-    codec = options.pop("codec", None)
+    codec, memory = options.pop("codec", None), options.pop("memory", None)
     method = _composition(label if named is None else str(named))
     if named is None:
         label = method
     _check_label(label)
     nested = nest(options)
     check_keys(nested, config_types([method]))
-    return Variant(label, method, check_codec(method, codec), nested)
+    budget = None if memory is None else Budget.parse(memory)
+    return Variant(label, method, check_codec(method, codec), nested, budget)
 
 
 def _composition(text: str) -> str:

@@ -75,6 +75,21 @@ class Reservoir(nn.Module):
         """What the occupied slots hold, int64 [F]."""
         return self.slots[self.slots >= 0]
 
+    def draws(self) -> torch.Generator:
+        """Draws that the images offered so far set apart from every other's, and that are saved."""
+        return torch.Generator().manual_seed(int(self.seen))
+
+    def shuffle(self) -> Tensor:
+        """Puts what is held in a random order, so that memory may keep a prefix.
+
+        Returns:
+            Which slot each of them had, int64 [F].
+        """
+        slots = self.occupied()
+        order = slots[torch.randperm(len(slots), generator=self.draws())]
+        self.slots = self.slots[order]
+        return order
+
     def offer(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Offers images one after the other.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fastcil.contract import (
@@ -25,6 +27,7 @@ from fastcil.contract import (
 from fastcil.curvature import Curvature
 from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
 from fastcil.curvature.layers import find_layers
+from fastcil.data import Examples
 from fastcil.nn import Network, Tensors, cross_entropy_among, outputs_of
 from fastcil.nn.lifecycle import linear_head, start_network
 
@@ -41,7 +44,8 @@ class AnchoredConfig:
         later: Recipe of every later task.
         lam: Weight lambda of the penalty.
         head: ``all`` known classes share one softmax, whose weights are held too; or each ``task``
-            has its own, which nothing else touches and nothing holds.
+            has its own, which nothing else touches and nothing holds, and the curvature is that
+            of its own loss.
 
     Example:
         >>> AnchoredConfig().head
@@ -100,11 +104,7 @@ class Anchored(Method):
     def stages(self, task: Task) -> list[Stage]:
         """One stage on the new data."""
         recipe = self.config.first if task.first else self.config.later
-        own = None
-        if self.config.head == "task":
-            own = outputs_of(task.classes, task.total)
-            own = own.to(linear_head(self.network).weight.device)
-
+        own = self.own(task)
         weight = self.weight(task) if len(self.kept) else 0.0
 
         def objective(batch: Batch) -> Losses:
@@ -122,6 +122,16 @@ class Anchored(Method):
                 logits=self.logits,
             )
         ]
+
+    def own(self, task: Task) -> Tensor | None:
+        """Outputs [K] that the task's softmax is over, None for all."""
+        if self.config.head == "all":
+            return None
+        return outputs_of(task.classes, task.total).to(linear_head(self.network).weight.device)
+
+    def looked_at(self, task: Task) -> Examples:
+        """Images that the curvature is measured on."""
+        return task.examples
 
     def weight(self, task: Task) -> float:
         """What the penalty is multiplied by in a task."""
@@ -145,8 +155,9 @@ class Anchored(Method):
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and adds it to that of the tasks before."""
         new = self.curvature()
-        scan = scan_of(self.context, self.network, task.examples, new.of_batches)
-        new.measure(scan, draws(task.index))
+        scan = scan_of(self.context, self.network, self.looked_at(task), new.of_batches)
+        with _outputs_among(self.network, self.own(task)):
+            new.measure(scan, draws(task.index))
         old = None
         if len(self.kept):
             old = self.curvature()
@@ -159,6 +170,24 @@ class Anchored(Method):
         """The anchor and the curvature."""
         buffers = {name: self.kept[name] for name in self.kept.names}
         return [Retained("curvature", "curvature", buffers)]
+
+
+@contextmanager
+def _outputs_among(network: nn.Module, own: Tensor | None) -> Iterator[None]:
+    """Gives outputs that are not among ``own`` [K] no probability."""
+    if own is None:
+        yield
+        return
+
+    def mask(_: nn.Module, __: Any, outputs: Tensor) -> Tensor:
+        # Not minus infinity: times the zero that is its share of a gradient it would be NaN.
+        return outputs.masked_fill(~own, torch.finfo(outputs.dtype).min)
+
+    handle = network.register_forward_hook(mask)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def added(old: Curvature | None, new: Curvature) -> Curvature:

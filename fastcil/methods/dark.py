@@ -164,20 +164,15 @@ class DarkReplay(Method):
     def offer(self, batch: Batch, logits: Tensor) -> None:
         """Offers a step's new images, and their logits [B, K], to the reservoir."""
         assert batch.entry is not None
-        # What was seen before sets a step's draws apart from every other's, and is saved.
-        draws = torch.Generator().manual_seed(int(self.reservoir.seen))
-        which, slots = self.reservoir.offer(batch.entry, draws)
+        which, slots = self.reservoir.offer(batch.entry, self.reservoir.draws())
         rows = logits.detach().float()[which.to(logits.device)]
         self.fresh.index_copy_(0, slots.to(logits.device), rows.to(self.fresh.dtype))
 
     def close(self) -> None:
         """Puts what the reservoir holds in a random order, of which memory keeps a prefix."""
-        slots = self.reservoir.occupied()
-        draws = torch.Generator().manual_seed(int(self.reservoir.seen))
-        order = slots[torch.randperm(len(slots), generator=draws)]
+        order = self.reservoir.shuffle()
         self.stored = self.fresh[order.to(self.fresh.device)]
         self.fresh = self.fresh[:0].clone()
-        self.reservoir.slots = self.reservoir.slots[order]
 
     def chosen(self) -> Tensor:
         """What the reservoir holds, in the order of ``stored``."""

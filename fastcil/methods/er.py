@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
-from torch.nn import functional as F
-
-from fastcil.contract import Batch, Losses, Method, Recipe, Stage, Task
+from fastcil.contract import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Recipe,
+    Stage,
+    Task,
+    check_choices,
+    check_not_negative,
+)
 from fastcil.memory.replay import replay_streams
-from fastcil.methods.recipes import FINETUNING
+from fastcil.methods.recipes import FINETUNING, online
+from fastcil.nn import TaskOutputs
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
 _LATER = Recipe(epochs=70, lr=0.1, schedule="step", milestones=(30, 50), weight_decay=2e-4)
-_ONLINE = Recipe(
-    epochs=1, lr=0.03, schedule="constant", momentum=0.0, weight_decay=0.0, batch_size=10
-)
 
 
 class ExperienceReplay(Method):
@@ -27,9 +33,12 @@ class ExperienceReplay(Method):
 
         L = 1 / |B_n ∪ B_M|  sum over (x, y) in B_n ∪ B_M of  -log softmax(z(x))_y ,
 
-    so new data and memory weigh the same unless memory holds less than a batch. While it is empty
-    only B_n is there. Exemplars are chosen at random, once per task: the paper's reservoir fills
-    while the stream passes, to the same distribution where all classes are equally frequent.
+    so new data and memory weigh the same unless memory holds less than a batch, or ``replay_batch``
+    says otherwise. While it is empty only B_n is there. With ``head="task"`` each image's softmax
+    is over the classes that arrived with its own (Lopez-Paz and Ranzato 2017, Sec. 5).
+
+    Exemplars are chosen at random, once per task: the paper's reservoir fills while the stream
+    passes, to the same distribution where all classes are equally frequent.
 
     Example:
         >>> ExperienceReplay.selection
@@ -44,21 +53,40 @@ class ExperienceReplay(Method):
         so, by plain SGD. The default are the epochs that the offline literature gives replay
         (PyCIL's ``replay``; Zhou et al. 2023), to be compared with the other methods here.
 
+        The ``samc-...`` presets are Bai et al.'s (2023, SAMC, appendix E), alike for their three
+        data sets; that 20 exemplars are replayed in a step is their released code's.
+
         Args:
             first: Recipe of the first task.
-            later: Recipe of every later task; its ``batch_size`` is that of B_n and of B_M.
+            later: Recipe of every later task.
+            head: ``all`` known classes share one softmax, or each ``task`` has its own.
+            replay_batch: Images of B_M; 0 for as many as of B_n.
         """
 
         first: Recipe = _FIRST
         later: Recipe = _LATER
+        head: Literal["all", "task"] = "all"
+        replay_batch: int = 0
+
+        def __post_init__(self) -> None:
+            check_not_negative("replay_batch", self.replay_batch)
+            check_choices(self)
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "finetuning": Config(first=FINETUNING, later=FINETUNING),
-        "online": Config(first=_ONLINE, later=_ONLINE),
+        "online": Config(first=online(0.03), later=online(0.03)),
+        **dict.fromkeys(
+            ("samc-cifar10", "samc-cifar100", "samc-mini"),
+            Config(first=online(0.1), later=online(0.1), head="task", replay_batch=20),
+        ),
     }
 
     config: Config
     selection = "random"
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.outputs = TaskOutputs(config.head)
 
     def begin_task(self, task: Task) -> None:
         """Starts the network, or adds the new classes to its head."""
@@ -66,17 +94,20 @@ class ExperienceReplay(Method):
             self.network = start_network(self.context.make_backbone(), task.total)
         else:
             linear_head(self.network).grow(task.total)
+        self.outputs.add(len(task.new_classes))
 
     def stages(self, task: Task) -> list[Stage]:
         """One stage with two streams, or one stream while memory is empty."""
         recipe = self.config.first if task.first else self.config.later
-        streams = replay_streams(task, recipe.batch_size)
+        new, *memory = replay_streams(task, recipe.batch_size)
+        if self.config.replay_batch:
+            memory = [replace(stream, batch_size=self.config.replay_batch) for stream in memory]
         return [
             Stage(
                 name="replay",
                 method=self,
                 objective=self._loss,
-                streams=streams,
+                streams=(new, *memory),
                 recipe=recipe,
                 parameters=self.network.trained_parameters,
                 primary=True,
@@ -86,4 +117,5 @@ class ExperienceReplay(Method):
 
     def _loss(self, batch: Batch) -> Losses:
         """Cross-entropy of the joined batch."""
-        return {"classification": F.cross_entropy(self.network(batch.images), batch.labels)}
+        logits = self.network(batch.images)  # [B, K]
+        return {"classification": self.outputs.cross_entropy(logits, batch.labels)}

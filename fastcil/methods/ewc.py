@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fastcil.contract import Context, Recipe, Retained, Task, check_not_negative
 from fastcil.curvature import Curvature, make_curvature
-from fastcil.curvature.anchor import displacements
+from fastcil.curvature.anchor import displacements, draws
 from fastcil.curvature.curvature import grown
+from fastcil.data import Examples
 from fastcil.methods.anchored import Anchored, AnchoredConfig, added
-from fastcil.methods.recipes import FINETUNING
+from fastcil.methods.recipes import FINETUNING, online
 from fastcil.nn import Tensors
 
 _CIFAR10 = Recipe(
@@ -33,6 +34,11 @@ class FisherConfig(AnchoredConfig):
 
     estimator: Literal["empirical", "sampled", "exact"] = "empirical"
     per: Literal["sample", "batch"] = "sample"
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative("images", self.images)
 
 
 class EWC(Anchored):
@@ -55,6 +61,12 @@ class EWC(Anchored):
     class Config(FisherConfig):
         """Settings of EWC; the recipes are those of `Finetune`.
 
+        The ``samc-...`` presets are Bai et al.'s (2023, SAMC, appendix E), whose code goes back
+        to Lopez-Paz and Ranzato's: their lambda is doubled for the half, and the Fisher
+        information is the square of the mean gradient of 10 images. These are drawn here, where
+        that code takes the task's first, and batch norms use running statistics, there the
+        batch's own.
+
         Args:
             first: Recipe of the first task.
             later: Recipe of every later task.
@@ -64,11 +76,20 @@ class EWC(Anchored):
                 ``sampled`` from the model; ``exact``, all of them by their probability.
             per: Whether gradients of every ``sample`` are squared, or mean gradients of a
                 ``batch``, as some released code does.
+            images: How many of the task's, drawn at random, the Fisher information is measured on;
+                0 for all.
         """
 
     PRESETS: ClassVar[dict[str, Any]] = {
         "finetuning": Config(first=FINETUNING, later=FINETUNING),
         "finetuning-task": Config(first=FINETUNING, later=FINETUNING, head="task"),
+        "samc-cifar10": Config(
+            online(0.1), online(0.1), lam=2.0, head="task", per="batch", images=10
+        ),
+        **dict.fromkeys(
+            ("samc-cifar100", "samc-mini"),
+            Config(online(1.0), online(1.0), lam=2.0, head="task", per="batch", images=10),
+        ),
     }
 
     config: Config
@@ -87,6 +108,10 @@ class EWC(Anchored):
             estimator=self.config.estimator,
             per=self.config.per,
         )
+
+    def looked_at(self, task: Task) -> Examples:
+        """As many of the task's images as the settings say."""
+        return _some(task, self.config.images)
 
     def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
         """The sum; about the new anchor, the old tasks pull back towards theirs."""
@@ -112,6 +137,15 @@ class EWC(Anchored):
         """The last anchor, the curvature, and how the earlier anchors pull."""
         pulls = {name: self.pull[name] for name in self.pull.names}
         return [*super().retained(), Retained("earlier anchors", "curvature", pulls)]
+
+
+def _some(task: Task, images: int) -> Examples:
+    """Some of the task's images, drawn; all for 0."""
+    count = len(task.examples)
+    if not 0 < images < count:
+        return task.examples
+    order = torch.randperm(count, generator=draws(task.index))
+    return task.examples.select(order[:images])
 
 
 def _pull(before: Tensors, fisher: dict[str, Tensor], moved: dict[str, Tensor]) -> Tensors:
@@ -153,6 +187,7 @@ class OnlineEWC(Anchored):
             head: ``all`` known classes share one softmax; or each ``task`` has its own head.
             estimator: Labels of the Fisher information, as in `EWC`.
             per: Whose gradients are squared, as in `EWC`.
+            images: How many it is measured on, as in `EWC`.
             gamma: Factor of the old tasks' Fisher information.
         """
 
@@ -179,6 +214,10 @@ class OnlineEWC(Anchored):
             estimator=self.config.estimator,
             per=self.config.per,
         )
+
+    def looked_at(self, task: Task) -> Examples:
+        """As many of the task's images as the settings say."""
+        return _some(task, self.config.images)
 
     def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
         """The old one times gamma, and the new."""

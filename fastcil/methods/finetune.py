@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
-from torch.nn import functional as F
-
-from fastcil.contract import Batch, Losses, Method, Recipe, Stage, Stream, Task
-from fastcil.methods.recipes import FINETUNING
+from fastcil.contract import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Recipe,
+    Stage,
+    Stream,
+    Task,
+    check_choices,
+)
+from fastcil.methods.recipes import FINETUNING, online
+from fastcil.nn import TaskOutputs
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -16,11 +25,12 @@ _LATER = Recipe(epochs=80, lr=0.1, schedule="step", milestones=(40, 70), weight_
 
 
 class Finetune(Method):
-    """Cross-entropy over all known classes, on the new data only; keeps nothing.
+    """Cross-entropy on the new data only; keeps nothing.
 
-    L = mean over the batch of -log softmax(z)_y, with z [B, K] the logits of all classes so far.
-    PyCIL's ``finetune`` normalises over the task's own classes instead, which is easier on the old
-    ones; the lower bound of the literature is usually the form used here.
+    L = mean over the batch of -log softmax(z)_y, with z [B, K] the logits of all classes so far;
+    with ``head="task"`` of those that arrived with y (Lopez-Paz and Ranzato 2017, Sec. 5). PyCIL's
+    ``finetune`` normalises over the task's own classes instead, which is easier on the old ones;
+    the lower bound of the literature is usually the form used here.
 
     Example:
         >>> Finetune.Config().later.epochs
@@ -31,22 +41,35 @@ class Finetune(Method):
     class Config:
         """Settings of finetuning; the recipes are those of PyCIL (Zhou et al. 2023).
 
-        ``PRESETS["finetuning"]`` goes on from a pre-trained network (Shon et al. 2022).
+        ``PRESETS["finetuning"]`` goes on from a pre-trained network (Shon et al. 2022); the
+        ``samc-...`` ones are Bai et al.'s (2023, SAMC, appendix E).
 
         Args:
             first: Recipe of the first task.
             later: Recipe of every later task.
+            head: ``all`` known classes share one softmax, or each ``task`` has its own.
         """
 
         first: Recipe = _FIRST
         later: Recipe = _LATER
+        head: Literal["all", "task"] = "all"
+
+        def __post_init__(self) -> None:
+            check_choices(self)
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "finetuning": Config(first=FINETUNING, later=FINETUNING),
+        "samc-cifar10": Config(first=online(0.1), later=online(0.1), head="task"),
+        "samc-cifar100": Config(first=online(1.0), later=online(1.0), head="task"),
+        "samc-mini": Config(first=online(1.0), later=online(1.0), head="task"),
     }
 
     config: Config
     keeps = "nothing"
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.outputs = TaskOutputs(config.head)
 
     def begin_task(self, task: Task) -> None:
         """Starts the network, or adds the new classes to its head."""
@@ -54,6 +77,7 @@ class Finetune(Method):
             self.network = start_network(self.context.make_backbone(), task.total)
         else:
             linear_head(self.network).grow(task.total)
+        self.outputs.add(len(task.new_classes))
 
     def stages(self, task: Task) -> list[Stage]:
         """One stage on the new data."""
@@ -72,5 +96,6 @@ class Finetune(Method):
         ]
 
     def _loss(self, batch: Batch) -> Losses:
-        """Cross-entropy over all known classes."""
-        return {"classification": F.cross_entropy(self.network(batch.images), batch.labels)}
+        """Cross-entropy over all known classes, or over those of each image's task."""
+        logits = self.network(batch.images)  # [B, K]
+        return {"classification": self.outputs.cross_entropy(logits, batch.labels)}

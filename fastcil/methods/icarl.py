@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from fastcil.contract import (
     Recipe,
     Retained,
     Stage,
+    Stepper,
     Stream,
     Task,
     check_choices,
@@ -27,7 +28,10 @@ from fastcil.contract import (
     check_positive,
 )
 from fastcil.memory.means import NearestMean
-from fastcil.nn import Network, distillation
+from fastcil.memory.one_each import OneEach
+from fastcil.memory.task_means import TaskMeans
+from fastcil.methods.recipes import online
+from fastcil.nn import Network, TaskOutputs, distillation, masked_mean
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
 _CIFAR = Recipe(
@@ -43,7 +47,7 @@ _PYCIL_LATER = Recipe(epochs=170, lr=0.1, schedule="step", milestones=(80, 120),
 
 
 class ICaRL(Method):
-    """Incremental classifier and representation learning (Rebuffi et al. 2017).
+    r"""Incremental classifier and representation learning (Rebuffi et al. 2017).
 
     ``loss="sigmoid"`` is the paper's (Alg. 3): with g = sigmoid(z) [B, K] and q the previous
     network's outputs on the same images,
@@ -65,6 +69,18 @@ class ICaRL(Method):
     head's. A class of which memory holds no exemplar cannot be nearest: it scores -inf. Without
     any exemplar there is only ``linear``.
 
+    ``form="online"`` is the iCaRL of Lopez-Paz and Ranzato's (2017) released code, for one pass
+    over tasks that have heads of their own. With z_t the logits of task t's classes, q_t the
+    previous network's softmax over them, x, y the new images of task T and X_t an exemplar of each
+    class of task t, drawn anew in every step,
+
+    .. math:: L = \mathrm{CE}(z_T(x), y) + \rho \sum_{t < T} \frac{1}{|X_t|}
+        \sum_{x' \in X_t} \mathrm{KL}(q_t(x') \,\|\, \mathrm{softmax}(z_t(x'))) .
+
+    Logits are its features: exemplars are herded by those of their task, of unit norm here, and
+    ``nme`` is the nearest mean of logits among a task's classes (`fastcil.memory.task_means`).
+    That code sends each X_t through the network by itself; here a step has one forward pass.
+
     The features of the released CIFAR network are not rectified: it has no ReLU at its end, and
     so it is here (``published_network``). PyCIL's has one: to repeat its figures take its preset
     and ``network.last_relu=True``.
@@ -82,7 +98,7 @@ class ICaRL(Method):
         by 5 after epochs 49 and 63; its weight decay of 1e-5 multiplies the sum of squares without
         the half, hence 2e-5 here). ``ICaRL.PRESETS["pycil"]`` is the softmax loss with the recipe
         that goes with it, by which most published comparisons are made; ``PRESETS["imagenet"]``
-        the paper's for ImageNet.
+        the paper's for ImageNet. ``samc-...`` are those of Bai et al. (2023, SAMC, appendix E).
 
         Args:
             first: Recipe of the first task.
@@ -93,6 +109,9 @@ class ICaRL(Method):
             temperature: T of the softmax form's distillation.
             flip_means: Whether mirrored exemplars count in the class means, as in the released
                 CIFAR code; the paper and the ImageNet code do without.
+            form: ``class``, the method proper, or ``online`` with heads for tasks, for which
+                ``loss`` and the three below it say nothing.
+            reg: Rho of the online form.
         """
 
         first: Recipe = _CIFAR
@@ -101,15 +120,21 @@ class ICaRL(Method):
         outputs: int = 100
         temperature: float = 2.0
         flip_means: bool = True
+        form: Literal["class", "online"] = "class"
+        reg: float = 1.0
 
         def __post_init__(self) -> None:
             check_choices(self)
             check_positive("temperature", self.temperature)
             check_not_negative("outputs", self.outputs)
+            check_not_negative("reg", self.reg)
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "imagenet": Config(first=_IMAGENET, later=_IMAGENET, flip_means=False),
         "pycil": Config(first=_PYCIL_FIRST, later=_PYCIL_LATER, loss="softmax", flip_means=False),
+        "samc-cifar10": Config(first=online(0.1), later=online(0.1), form="online"),
+        "samc-cifar100": Config(first=online(1.0), later=online(1.0), form="online"),
+        "samc-mini": Config(first=online(1.0), later=online(1.0), form="online"),
     }
 
     config: Config
@@ -118,7 +143,11 @@ class ICaRL(Method):
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
-        self.nearest = NearestMean(config.flip_means)
+        self.outputs = TaskOutputs()
+        self.draw = OneEach()
+        self.nearest: NearestMean | TaskMeans = (
+            TaskMeans(self.outputs) if config.form == "online" else NearestMean(config.flip_means)
+        )
 
     def begin_task(self, task: Task) -> None:
         """Keeps a copy of the network as teacher and adds the new classes to its head."""
@@ -127,11 +156,16 @@ class ICaRL(Method):
         else:
             self.teacher = frozen_copy(self.network)
             linear_head(self.network).grow(task.total)
+        self.outputs.add(len(task.new_classes))
         self.nearest.reserve(self.network, task.total)
+        if self.config.form == "online":
+            self.draw.begin()
 
     def stages(self, task: Task) -> list[Stage]:
         """One stage on new data and exemplars."""
         recipe = self.config.first if task.first else self.config.later
+        if self.config.form == "online":
+            return [_OnlineStage(self, recipe, task)]
         own = torch.zeros(task.total, dtype=torch.bool)
         own[list(task.classes)] = True
         own = own.to(linear_head(self.network).weight.device)
@@ -183,6 +217,37 @@ class ICaRL(Method):
             )
         return losses
 
+    def online(self, batch: Batch) -> Losses:
+        """The online form's loss on a joined batch, of which part 1 are exemplars."""
+        logits = self.network(batch.images)  # [B, K]
+        terms = self.outputs.cross_entropy(logits, batch.labels, reduction="none")  # [B]
+        old = self._teach(batch.images)
+        if old is None:
+            return {"classification": terms.mean()}
+        replayed = batch.part == 1
+        # New images have no place among the old outputs; what stands there for them is left out.
+        labels = torch.where(replayed, batch.labels, 0)
+        own = self.outputs.own(labels, logits.shape[1])[:, : old.shape[1]]  # [B, known]
+        taught = old.masked_fill(~own, -torch.inf).log_softmax(1)
+        found = logits[:, : old.shape[1]].masked_fill(~own, -torch.inf).log_softmax(1)
+        divergence = (taught.exp() * (taught - found).masked_fill(~own, 0.0)).sum(1)  # [B]
+        beside = (own & replayed[:, None]).sum(0)[labels].clamp(min=1)  # exemplars of its task
+        return {
+            "classification": masked_mean(terms, ~replayed),
+            "distillation": self.config.reg * torch.where(replayed, divergence / beside, 0.0).sum(),
+        }
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features; in the online form the logits of the task's classes, 0 for the others."""
+        if self.config.form == "class":
+            return self.network.features(images)
+        logits = self.network(images)  # [B, K]
+        newest = torch.tensor([logits.shape[1] - 1], device=logits.device)
+        own = self.outputs.own(newest, logits.shape[1])
+        # A task that brings no class has no outputs of its own: all are looked at.
+        none = self.outputs.brought[-1:].to(logits.device) == 0
+        return torch.where(own | none, logits, 0.0)
+
     def _teach(self, images: Tensor) -> Tensor | None:
         """The previous network's logits, or None in the first task.
 
@@ -201,4 +266,31 @@ class ICaRL(Method):
 
     def readouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """``nme``, the method's own, and ``linear``; without exemplars only ``linear``."""
-        return {**self.nearest.readouts(self.network.features), "linear": self.logits}
+        seen = self.logits if self.config.form == "online" else self.network.features
+        return {**self.nearest.readouts(seen), "linear": self.logits}
+
+
+class _OnlineStage(Stage):
+    """New data, and in each step another exemplar of every old class."""
+
+    def __init__(self, icarl: ICaRL, recipe: Recipe, task: Task) -> None:
+        streams = [Stream((task.examples,), recipe.batch_size)]
+        if len(task.exemplars):
+            streams.append(icarl.draw.stream(task))
+        super().__init__(
+            name="icarl",
+            method=icarl,
+            objective=icarl.online,
+            streams=tuple(streams),
+            recipe=recipe,
+            parameters=icarl.network.trained_parameters,
+            primary=True,
+            logits=icarl.logits,
+        )
+        self._draw = icarl.draw
+
+    def step(self, batches: Sequence[Batch], stepper: Stepper) -> Losses:
+        """One step, after which other exemplars are drawn."""
+        losses = super().step(batches, stepper)
+        self._draw.go_on()
+        return losses

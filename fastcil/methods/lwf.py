@@ -23,8 +23,14 @@ from fastcil.contract import (
     check_positive,
     evaluating,
 )
-from fastcil.methods.recipes import FINETUNING
-from fastcil.nn import Network, cross_entropy_among, distillation_by_layer, outputs_of
+from fastcil.methods.recipes import FINETUNING, online
+from fastcil.nn import (
+    Network,
+    TaskOutputs,
+    cross_entropy_among,
+    distillation_by_layer,
+    outputs_of,
+)
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
 _FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -76,7 +82,9 @@ class LwF(Method):
         The default recipes and alpha are PyCIL's (Zhou et al. 2023), the temperature the paper's,
         whose warm-up goes on until it converges: its length is ours. ``PRESETS`` are those of
         Buzzega et al.'s released code for Seq-CIFAR-10, Seq-Tiny-ImageNet and Seq-MNIST, which
-        warms up for as long as it trains, and records the old logits.
+        warms up for as long as it trains, and records the old logits. The ``samc-...`` ones follow
+        the protocol of Bai et al. (2023, SAMC), who don't tell LwF's settings: these are ours,
+        with their EWC's learning rates, a weight of 1 and no warm-up.
 
         Args:
             first: Recipe of the first task.
@@ -109,18 +117,20 @@ class LwF(Method):
         "cifar10": Config(_CIFAR10, _CIFAR10, _warm(_CIFAR10), teacher="recorded"),
         "tiny-imagenet": Config(_TINY, _TINY, _warm(_TINY), alpha=1.0, teacher="recorded"),
         "mnist": Config(_MNIST, _MNIST, _warm(_MNIST), alpha=1.0, teacher="recorded"),
+        "samc-cifar10": Config(online(0.1), online(0.1), _no_warmup(), alpha=1.0, head="task"),
+        "samc-cifar100": Config(online(1.0), online(1.0), _no_warmup(), alpha=1.0, head="task"),
+        "samc-mini": Config(online(1.0), online(1.0), _no_warmup(), alpha=1.0, head="task"),
     }
 
     config: Config
     keeps = "nothing"
     recorded: Tensor  # [N, K]
-    brought: Tensor  # [T]
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
         self.register_buffer("recorded", torch.empty(0, 0))
-        self.register_buffer("brought", torch.empty(0, dtype=torch.int64))
+        self.outputs = TaskOutputs()
 
     def begin_task(self, task: Task) -> None:
         """Keeps what the old network says and adds the new classes to its head."""
@@ -134,8 +144,7 @@ class LwF(Method):
             else:
                 self.teacher = teacher
             linear_head(self.network).grow(task.total)
-        brought = self.brought.new_tensor([len(task.new_classes)])
-        self.brought = torch.cat([self.brought, brought])
+        self.outputs.add(len(task.new_classes))
 
     def stages(self, task: Task) -> list[Stage]:
         """``warmup`` of the new outputs, then ``lwf``."""
@@ -143,7 +152,7 @@ class LwF(Method):
         recipe = config.first if task.first else config.later
         # A new class alone has no other that it could be told apart from.
         warm = config.warmup.epochs > 0 and len(task.new_classes) > 1 and not task.first
-        heads = self.brought.tolist()
+        heads = self.outputs.brought.tolist()
         main = Stage(
             name="lwf",
             method=self,

@@ -30,7 +30,7 @@ from fastcil.curvature.curvature import grown
 from fastcil.curvature.penalty import diagonal_product
 from fastcil.methods.anchored import FIRST, LATER, held_parameters
 from fastcil.methods.recipes import FINETUNING
-from fastcil.nn import Tensors, cross_entropy_among, outputs_of
+from fastcil.nn import Tensors, cross_entropy_among, outputs_of, with_gradient
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _CIFAR10 = Recipe(
@@ -203,13 +203,8 @@ class _PathStage(Stage):
             whole = [g if p is None else g + p for g, p in zip(task, pulls, strict=True)]
         followed = set(self._si.names())
         before = {name: p.detach().clone() for name, p in named.items() if name in followed}
-        stepper.update(_linear(parameters, whole))
+        flat = torch.cat([g.flatten() for g in whole])
+        stepper.update(with_gradient(parameters, flat))
         gradients = dict(zip(named, task, strict=True))
         self._si.follow({name: gradients[name] for name in before}, before)
         return {name: value.detach() for name, value in losses.items()}
-
-
-def _linear(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """A function of the parameters whose gradient is given."""
-    terms = [torch.sum(p * g) for p, g in zip(parameters, gradients, strict=True)]
-    return torch.stack(terms).sum()

@@ -1,10 +1,13 @@
 """Network parts: backbones, heads, learnable activations, and losses that methods share."""
 
 from fastcil.nn.aggregation import AggregatedBackbone as AggregatedBackbone
+from fastcil.nn.autoencoder import CompletionAutoencoder as CompletionAutoencoder
 from fastcil.nn.backbones import BACKBONES as BACKBONES
 from fastcil.nn.backbones import build_backbone as build_backbone
 from fastcil.nn.backbones import stem_for as stem_for
 from fastcil.nn.cosine_head import CosineHead as CosineHead
+from fastcil.nn.energy_head import EnergyHead as EnergyHead
+from fastcil.nn.grad_cam import GradCAM as GradCAM
 from fastcil.nn.head_kinds import HEADS as HEADS
 from fastcil.nn.head_kinds import build_head as build_head
 from fastcil.nn.heads import LinearHead as LinearHead
@@ -27,7 +30,12 @@ from fastcil.nn.pod import margin_nca as margin_nca
 from fastcil.nn.pod import nca as nca
 from fastcil.nn.pod import pod_flat as pod_flat
 from fastcil.nn.pod import pod_spatial as pod_spatial
+from fastcil.nn.projection import flat_gradient as flat_gradient
+from fastcil.nn.projection import project_gradient as project_gradient
+from fastcil.nn.projection import remove_opposing as remove_opposing
+from fastcil.nn.projection import with_gradient as with_gradient
 from fastcil.nn.proxy_head import ProxyHead as ProxyHead
+from fastcil.nn.quadratic import minimize_above as minimize_above
 from fastcil.nn.rational import RationalFit as RationalFit
 from fastcil.nn.rational import fit_rational as fit_rational
 from fastcil.nn.replace import Replaced as Replaced

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastcil.errors import FastcilError
 from fastcil.nn.cosine_head import CosineHead
+from fastcil.nn.energy_head import EnergyHead
 from fastcil.nn.heads import LinearHead
 from fastcil.nn.proxy_head import ProxyHead
 
@@ -17,6 +18,7 @@ HEADS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     LinearHead.kind: LinearHead.build,
     CosineHead.kind: CosineHead.build,
     ProxyHead.kind: ProxyHead.build,
+    EnergyHead.kind: EnergyHead.build,
 }
 """For each ``kind`` of head: structure -> head."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +15,9 @@ class TaskOutputs(nn.Module):
     Where the task of an image is known, a softmax is taken over the outputs of that task alone
     (the "multi-head" setting of Lopez-Paz and Ranzato 2017): one linear layer serves, of which
     every image sees a slice. The outputs of other tasks get no gradient from it.
+
+    Args:
+        head: ``task`` for that; ``all`` for one softmax over all outputs, whoever brought them.
 
     Attributes:
         brought: New classes of each task, int64 [T].
@@ -27,8 +32,9 @@ class TaskOutputs(nn.Module):
 
     brought: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, head: Literal["all", "task"] = "task") -> None:
         super().__init__()
+        self.head = head
         self.register_buffer("brought", torch.empty(0, dtype=torch.int64))
 
     def add(self, classes: int) -> None:
@@ -48,15 +54,17 @@ class TaskOutputs(nn.Module):
         return task == torch.bucketize(labels, ends, right=True)[:, None]
 
     def masked(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits [B, K], -inf for the outputs that did not arrive with the image's label."""
+        """Logits [B, K], -inf for the outputs that an image's label is not compared with."""
+        if self.head == "all":
+            return logits
         return logits.masked_fill(~self.own(labels, logits.shape[1]), -torch.inf)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        r"""Cross-entropy over the outputs that arrived with each label.
+        r"""Cross-entropy over the outputs that each label is compared with.
 
         .. math:: L = -\log \frac{e^{z_y}}{\sum_{c \in C(y)} e^{z_c}}
 
-        with C(y) the classes of y's task (Lopez-Paz and Ranzato 2017, Sec. 5).
+        with C(y) the classes of y's task (Lopez-Paz and Ranzato 2017, Sec. 5), or all of them.
 
         Args:
             logits: Of all outputs.  # [B, K]

@@ -49,7 +49,7 @@ def test_kept_figures_belong_to_their_settings_and_name_no_machine(kept: Path) -
     assert content["config"] == yaml.safe_load(kept.with_suffix(".yaml").read_text())
     assert re.fullmatch("[0-9a-f]{12}", content["environment"]["commit"]), "of a clean tree"
     assert not re.search(r'"[^"]*(/home|/root|/tmp|/work|/Users)', text)
-    assert list(content["per_seed"]) == content["config"]["methods"]
+    assert list(content["per_seed"]) == list(content["config"]["methods"])
 
 
 def test_the_readme_shows_what_is_kept(reproduction: ModuleType) -> None:
@@ -145,15 +145,26 @@ def test_a_run_of_a_preset_is_kept_and_tabled(
     rows = reproduction.preset_rows("cifar100/b0-10")
     shown = {row[1]: row for row in rows}
     mean, half = icarl["readouts"]["nme"]["average"]
-    assert shown["`icarl`"][2:8] == [
+    lost, spread = icarl["readouts"]["nme"]["bwt"]
+    assert shown["`icarl`"][2:9] == [
         *("64.40 / 49.60", "PyCIL's plot (Zhou et al. 2023), read off to 0.3"),
-        *(f"{mean:.1f} ± {half:.1f}", shown["`icarl`"][5], "3", f"{icarl['hours']:.1f}"),
+        *(f"{mean:.1f} ± {half:.1f}", shown["`icarl`"][5], f"{lost:.1f} ± {spread:.1f}"),
+        *("3", f"{icarl['hours']:.1f}"),
     ]
-    assert shown["&emsp;linear"][4] and not shown["&emsp;linear"][6]
-    assert shown["`er`"][2] == "" and shown["`er`"][6] == "1"
-    assert shown["`wa`"][2:] == ["67.10 / 52.40", "", *[""] * 7]
+    assert shown["&emsp;linear"][4] and not shown["&emsp;linear"][7]
+    assert shown["`er`"][2] == "" and shown["`er`"][7] == "1"
+    assert shown["`wa`"][2:] == ["67.10 / 52.40", "", *[""] * 8]
     assert all(len(row) == len(reproduction.PRESET_COLUMNS) for row in rows)
-    assert "19 presets, 0" in (text := reproduction.preset_tables()) and "10 presets, 2" in text
+    text = reproduction.preset_tables()
+    assert "19 presets, 0" in text and "10 presets, 2" in text
+    # Where exemplars were published ours stand beside them.
+    held = {**icarl, "method": "gem+samc", "exemplars": 2111.6}
+    other = tmp_path / "presets" / "samc-cifar100-10-mu-0.9.json"
+    other.write_text(json.dumps({"runs": [held]}))
+    (row, _) = reproduction.preset_rows("samc/cifar100-10-mu-0.9")
+    assert row[2] == "2,250 exemplars (here 2,112)"
+    others, _, samc = text.partition("<code>samc</code>")
+    assert "| BWT |" in samc and "BWT" not in others
     train("er", data, "lfs-2", run_dir=tmp_path / "plain", **short, **{"engine.progress": False})
     with pytest.raises(SystemExit, match="is no run of a preset"):
         reproduction.keep_preset(tmp_path / "plain")

@@ -34,6 +34,7 @@ COMPOSITIONS = [
     "icarl+mrdc",
     "darkpp+cam",
     "icarl+mnemonics",
+    "er+samc",
     "der+cim",
     "foster+cim",
 ]
@@ -42,6 +43,10 @@ OPTIONS = {
     "engine.batch_size": 16,
     "engine.progress": False,
     "augment.size": 16,
+}
+OWN = {
+    "eec": {"eec.width": 4},
+    "er+samc": {"samc.completion": "rule", "samc.threshold": 0.2},
 }
 COUNTED = ("exemplars", "logits", "generator", "codec")
 
@@ -93,8 +98,10 @@ def check_boundary(learner: Learner) -> int:
     held = exemplars + sum(nbytes_of(tensors_in(dict(e.buffers))) for e in counted)
     said = learner.nbytes()
     assert held == said["budgeted"]
-    assert said["all"] == exemplars + sum(nbytes_of(tensors_in(dict(e.buffers))) for e in retained)
-    assert kinds <= {"network", "logits", "curvature"} or budget.count == "all"
+    lasting = [e for e in retained if e.kind != "analysis"]
+    assert said["all"] == exemplars + sum(nbytes_of(tensors_in(dict(e.buffers))) for e in lasting)
+    known_kinds = {"network", "logits", "curvature", "generator", "codec", "analysis"}
+    assert kinds <= known_kinds or budget.count == "all"
     if memory.keeps != "everything":
         classes = len(learner.class_names)
         limit = budget.limit(classes)
@@ -129,7 +136,8 @@ def boundaries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def run(method: str, memory: str, **options: Any) -> Result:
-    result = train(method, DATA, "b3-inc2", memory, backbone=ConvNet, **OPTIONS, **options)
+    options = {**OPTIONS, **OWN.get(method, {}), **options}
+    result = train(method, DATA, "b3-inc2", memory, backbone=ConvNet, **options)
     assert [task.classes for task in result.outcomes[0].tasks] == list(SIZES)
     return result
 
@@ -149,7 +157,8 @@ def test_the_budget_is_kept_at_every_boundary(method, memory, boundaries) -> Non
         assert task.nbytes["budgeted"] == held
         assert task.limit == Budget.parse(memory).limit(known)
         if lookup("method", parse_composition(method)[0]).keeps == "nothing":
-            assert held == 0 and task.exemplars == [0] * known
+            # eec keeps codes.
+            assert (held > 0) == (method == "eec") and task.exemplars == [0] * known
         else:
             # Something is kept of every class, by chance of most, and the budget is not idle.
             own = result.learner.memory.selection == "own"
@@ -173,6 +182,16 @@ def test_a_budget_for_everything_counts_networks(boundaries) -> None:
 def test_a_compressed_memory_holds_more_exemplars_in_the_same_bytes(boundaries) -> None:
     raw, small = run("icarl", "25000B"), run("icarl+cam", "25000B", **{"cam.threshold": 0.9})
     assert small.exemplars > 1.2 * raw.exemplars
+
+
+def test_what_completes_exemplars_counts_with_them(boundaries) -> None:
+    completed = {"samc.completion": "both", "samc.analyse": True}
+    result = run("er+samc", "100000B", **completed)
+    for held, task in zip(boundaries, result.outcomes[0].tasks, strict=True):
+        autoencoder, originals = task.nbytes["autoencoder"], task.nbytes["originals of exemplars"]
+        assert held == task.nbytes["exemplars"] + autoencoder <= 100000 and originals > 0
+    with pytest.raises(FastcilError, match="keeps 86244 bytes beside exemplars"):
+        run("er+samc", "50000B", **completed)
 
 
 def test_joint_keeps_everything_and_says_so(boundaries) -> None:

@@ -35,7 +35,7 @@ def counted_compile(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("method", ["finetune", "darkpp", "si", "dlcft", "foster+cim"])
+@pytest.mark.parametrize("method", ["finetune", "gem", "darkpp", "si", "dlcft", "foster+cim"])
 def test_compiled_objectives_survive_growing_heads(method, counted_compile, assert_same) -> None:
     """Three tasks with heads of 2, 3 and 5 classes give what eager training gives."""
     rng = np.random.default_rng(0)

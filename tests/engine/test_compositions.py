@@ -19,8 +19,8 @@ from fastcil.engine.result import Result as Outcome
 from fastcil.engine.run import SeedRun
 from fastcil.errors import CompositionError
 
-KEEP_NOTHING = ("finetune", "lwf", "ewc", "online-ewc", "mas", "osla", "si")
-CHOOSE = ("dark", "darkpp")  # their exemplars themselves
+KEEP_NOTHING = ("finetune", "lwf", "ebm", "eec", "ewc", "online-ewc", "mas", "osla", "si")
+CHOOSE = ("mer", "dark", "darkpp")  # their exemplars themselves
 MANY = ("der", "foster")  # extractors
 NOTHING, EVERYTHING = "keeps nothing", "keeps everything"
 # What can't be composed, and words of the reason.
@@ -41,6 +41,8 @@ OPTIONS = {
     "engine.checkpoint_seconds": 0,
     "augment.size": 12,
 }
+# So little memory has no room for a decoder of the published width.
+OWN = {"eec": {"eec.width": 4}}
 
 
 def draw(per_class: int, seed: int) -> tuple[np.ndarray, list[int]]:
@@ -53,8 +55,9 @@ DATA = draw(6, 0), draw(2, 1)
 
 
 def run(composition: str, run_dir: Path) -> Result:
+    options = {**OPTIONS, **OWN.get(composition.partition("+")[0], {})}
     return train(
-        composition, DATA, "lfs-2", "8 images", run_dir=run_dir, backbone=ConvNet, **OPTIONS
+        composition, DATA, "lfs-2", "8 images", run_dir=run_dir, backbone=ConvNet, **options
     )
 
 

@@ -22,6 +22,7 @@ COMPOSITIONS = [
     "icarl+mrdc",
     "darkpp+cam",
     "icarl+mnemonics",
+    "er+samc",
     "der+cim",
     "podnet+cim",
     "icarl+aanets",
@@ -42,6 +43,10 @@ SHORT = {
     "aanets.gradients": "summed",
     "cim.steps_per_class": 1.0,
     "der.representation.warmup": 100,
+    "eec.width": 4,
+    "samc.first.batch_size": 3,
+    "samc.later.batch_size": 3,
+    "samc.analyse": True,
 }
 
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from fastcil.engine import metrics
 
@@ -73,6 +74,37 @@ def test_a_task_without_new_classes_has_nothing_to_forget(counts):
 def test_one_task_forgets_nothing():
     matrix = np.array([[70.0]])
     assert metrics.forgetting(matrix) == metrics.backward_transfer(matrix) == 0.0
+
+
+def test_forward_transfer_is_accuracy_ahead_minus_chance():
+    rng = np.random.default_rng(0)
+    count, among = rng.integers(5, 30, 4).tolist(), [3, 5, 5, 7]
+    correct = [int(rng.integers(0, n + 1)) for n in count]
+    ahead = [
+        {"correct": right, "count": total, "among": k}
+        for right, total, k in zip(correct, count, among, strict=True)
+    ]
+    wanted = sum(100 * correct[t] / count[t] - 100 / among[t] for t in range(1, 4)) / 3
+    for first in (None, ahead[0]):
+        assert metrics.forward_transfer([first, *ahead[1:]]) == pytest.approx(wanted)
+    assert metrics.forward_transfer([None, ahead[1], None]) is None, "not all were measured"
+    assert metrics.forward_transfer([None]) is None and metrics.forward_transfer([]) is None
+
+
+@pytest.mark.parametrize("old", [0, 2])
+def test_outputs_drawn_at_random_are_right_by_chance(old):
+    """What b_t stands on: fresh rows among themselves are each first as often."""
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).double() + 1
+    labels = torch.arange(40) % 3
+    rights = []
+    torch.manual_seed(2)
+    for _ in range(3000):
+        scores = torch.nn.Linear(6, 3, dtype=torch.float64)(features)
+        if old:  # Trained rows that are always first: among all classes no new one is right.
+            scores = torch.cat([torch.full((40, old), 99.0), scores], 1)
+        rights.append((scores.argmax(1) == labels + old).double().mean().item())
+    wanted, spread = (0.0 if old else 1 / 3), np.std(rights) / 3000**0.5
+    assert abs(np.mean(rights) - wanted) <= 4 * spread
 
 
 @pytest.mark.parametrize("n, quantile", [(3, 4.302653), (5, 2.776445), (10, 2.262157)])

@@ -24,8 +24,8 @@ OPTIONS = {
 }
 ADDING = [name for name in METHODS if lookup("method", name).adds_extractors]
 LINEAR = ["dlcft"]  # which has none left
-# By default it begins anew in every task.
-OWN = {"joint": {"joint.fresh": False}}
+# By default joint begins anew in every task, and eec's decoder needs more memory.
+OWN = {"joint": {"joint.fresh": False}, "eec": {"eec.width": 4}}
 
 
 def some(*names: str) -> dict[str, np.ndarray]:

@@ -81,6 +81,42 @@ def test_forgetting_of_each_task(make_result):
     assert np.mean(expected) == pytest.approx(result.forgetting)
 
 
+def test_how_the_first_task_fares(make_result):
+    results = {"er": make_result(classes=(2, 3, 1)), "one": make_result("one", seeds=(4,))}
+    (axes,) = plots.plot_first_task(results).axes
+    drawn = lines(axes)
+    for name, result in results.items():
+        assert drawn[name] == pytest.approx(result.accuracy_matrix[:, 0])
+    assert axes.get_lines()[0].get_xdata() == pytest.approx([2, 5, 6])
+    (band,) = axes.collections
+    seeds = [outcome.accuracy_matrix()[:, 0] for outcome in results["er"].outcomes]
+    low, high = band.get_datalim(axes.transData).intervaly
+    assert (low, high) == pytest.approx((np.min(seeds), np.max(seeds)))
+    render(axes.figure)
+
+
+@pytest.mark.parametrize(
+    ("memories", "label", "limits"),
+    [
+        (("4 images", "8 images"), "held, raw images", [[4, 4, 4], [8, 8, 8]]),
+        (("8 images", "8 images", "2 images/class"), "held, raw images", [[8] * 3, [4, 8, 12]]),
+        (("4KiB", "8 images"), "held, KiB", [[4, 4, 4]]),
+        (("unlimited", "2KiB"), "held, KiB", [[2, 2, 2]]),
+    ],
+)
+def test_budgets_of_their_own_have_limits_of_their_own(make_result, memories, label, limits):
+    results = {f"m{k}": make_result("er", memory=m) for k, m in enumerate(memories)}
+    figure = plots.plot_memory(results)
+    held, _ = figure.axes
+    assert held.get_ylabel() == label
+    dashed = [line for line in held.get_lines() if line.get_linestyle() == "--"]
+    assert [line.get_ydata().tolist() for line in dashed] == limits
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    shown = [name for name in names if name.startswith("limit")]
+    assert shown == ["limit of the budget" if len(limits) == 1 else "limits of the budgets"]
+    render(figure)
+
+
 @pytest.mark.parametrize(
     ("memory", "label", "limits"),
     [
@@ -171,6 +207,7 @@ def test_names_are_never_formulas(make_result):
     figures = [
         plots.plot_curves(results),
         plots.plot_forgetting(results),
+        plots.plot_first_task(results),
         plots.plot_memory(results),
         plots.plot_exemplars(results),
         plots.plot_seconds(results),

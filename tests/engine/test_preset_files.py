@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,23 @@ import yaml
 
 import fastcil
 from fastcil.cli import main
+from fastcil.contract import lookup
 from fastcil.contract.registry import ADDONS, METHODS
+from fastcil.data import Augmentation
 from fastcil.engine.arguments import parse_run
 from fastcil.engine.compare import compare
 from fastcil.engine.groups import GROUPS
 from fastcil.engine.options import check_keys, config_types, make_settings
 from fastcil.engine.parts import Parts
-from fastcil.engine.preset_files import ARGUMENTS, is_run_preset, preset_names, read_preset
+from fastcil.engine.preset_files import (
+    ARGUMENTS,
+    Published,
+    RunPreset,
+    is_run_preset,
+    preset_names,
+    read_preset,
+)
+from fastcil.engine.resolve import make_augmentation
 from fastcil.engine.run import train
 from fastcil.engine.scenario import split_classes
 from fastcil.errors import FastcilError
@@ -26,7 +37,16 @@ from fastcil.methods.foster import Foster
 from fastcil.methods.lucir import LUCIR
 
 FILES = sorted((Path(fastcil.__file__).parent / "presets").glob("*/*.yaml"))
-CLASSES = {"food101": 101, "imagenet100:list=lucir": 100, "imagenet": 1000, "cifar100": 100}
+CLASSES = {
+    "food101": 101,
+    "imagenet100:list=lucir": 100,
+    "imagenet": 1000,
+    "cifar100": 100,
+    "cifar10": 10,
+    "mini-imagenet": 100,
+}
+SAMC = [name for name in preset_names() if name.startswith("samc/")]
+SIDES = {"cim": 224, "samc/mini": 84}
 SHARED = {"title", "images", "configs", "runs", *ARGUMENTS}
 # Of the runs of one file the first that a method is in: they differ in tasks and memory.
 CELLS = [
@@ -50,7 +70,7 @@ def test_files_hold_nothing_unknown(file: Path) -> None:
     assert set(content["configs"]) <= {*METHODS, *ADDONS}
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SAMC}))
 def test_a_preset_is_a_run(name: str) -> None:
     preset = read_preset(name)
     data, scenario, memory = preset.arguments.values()
@@ -62,9 +82,56 @@ def test_a_preset_is_a_run(name: str) -> None:
     assert budget.unit == "images" and budget.growing == (protocol == "lfh")
     totals = {"food101": [2020], "imagenet": [20000, 5000]}.get(data, [2000])
     assert budget.amount in ([20] if budget.growing else totals)
+    check_parts(preset)
+
+
+def check_parts(preset: RunPreset) -> None:
+    """Every method and addon takes what it sets."""
     names = [*METHODS, *(f"icarl+{addon}" for addon in ADDONS)]
     check_keys(preset.options_for(names), config_types(names))
     assert preset.images["train"] > preset.images["test"] and preset.title
+
+
+@pytest.mark.parametrize("name", SAMC)
+def test_the_samc_papers_protocol(name: str) -> None:
+    """Bai et al. (2023), App. A, B and E; `run` is raw images a task."""
+    preset = read_preset(name)
+    data, scenario, memory = preset.arguments.values()
+    sizes = split_classes(scenario, CLASSES[data])
+    assert scenario.endswith("-online") and sizes == ([2] * 5 if data == "cifar10" else [5] * 20)
+    budget = Budget.parse(memory)
+    raw = re.search(r"-(\d+)(-[a-z]|$)", name)
+    assert budget.growing and budget.amount * sizes[0] == int(raw[1])  # type: ignore[index]
+    check_parts(preset)
+    for method in ("finetune", "ewc", "lwf", "icarl", "gem", "er", "mer", "ebm", "eec", "gem+samc"):
+        settings = make_settings(method, preset.options_for([method]))
+        config, key = settings.groups[method.partition("+")[0]], name.split("-")[0].split("/")[1]
+        assert config == lookup("method", method.partition("+")[0]).PRESETS[f"samc-{key}"]
+        for recipe in (config.first, config.later):
+            assert (recipe.epochs, recipe.batch_size, recipe.optimizer) == (1, 10, "sgd")
+            assert (recipe.momentum, recipe.weight_decay, recipe.schedule) == (0, 0, "constant")
+            large = method in ("finetune", "ewc", "icarl") and data != "cifar10"
+            if method not in ("lwf", "ebm", "eec"):  # Not told.
+                assert recipe.lr == (1.0 if large else 0.1)
+        assert settings.engine.order_seed is None
+        augment, network = settings.groups["augment"], settings.groups["network"]
+        assert (network.name, network.width, network.stem) == ("resnet18", 20, "cifar")
+        made = make_augmentation(augment, augment.size, augment.crop, True)
+        plain = Augmentation(
+            size=84 if data == "mini-imagenet" else 32,
+            crop="none",
+            flip=False,
+            brightness=0.0,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+        )
+        assert made == plain
+    mu = re.search(r"mu-([\d.]+)$", name)
+    told = float(mu[1]) if mu else 0.6 if data == "cifar10" else 0.7
+    assert settings.groups["samc"].threshold == told
+    completion = name.rpartition("-")[2]
+    known = ("zero", "rule", "autoencoder")
+    assert settings.groups["samc"].completion == (completion if completion in known else "both")
 
 
 @pytest.mark.parametrize(("name", "method"), CELLS)
@@ -74,8 +141,10 @@ def test_every_method_of_the_tables_composes(name: str, method: str) -> None:
     augment = settings.groups["augment"]
     budget = Budget.parse(preset.arguments["memory"])
     parts = Parts.build(settings, budget, torch.device("cpu"), augment.size, augment.crop, None)
-    assert parts.augmentation.size == (32 if "cifar" in name else 224)
-    assert (parts.augmentation.policy != "none") == parts.method.auto_augment
+    side = next((side for start, side in SIDES.items() if name.startswith(start)), 32)
+    assert parts.augmentation.size == side
+    told = parts.method.auto_augment and not name.startswith("samc/")
+    assert (parts.augmentation.policy != "none") == told
 
 
 @pytest.mark.parametrize("name", [name for name in preset_names() if name.endswith("10")])
@@ -103,6 +172,36 @@ FIGURES = [
 ]
 
 
+# Bai et al. (2023), Tables 1, 2 and 4: preset, method, last accuracy, backward transfer, exemplars.
+TRANSFERS = [
+    ("samc/cifar10-10", "finetune", 63.24, -17.91, None),
+    ("samc/cifar10-10", "gem+samc", 75.37, -11.12, None),
+    ("samc/cifar100-10", "eec", 53.03, -10.69, None),
+    ("samc/cifar100-10", "gem+samc", 56.16, -8.24, 870),
+    ("samc/cifar100-10-zero", "gem+samc", 47.91, -14.32, None),
+    ("samc/cifar100-10-mu-0.9", "gem+samc", None, None, 2250),
+    ("samc/mini-imagenet-10", "gem", 40.78, -9.87, None),
+    ("samc/mini-imagenet-10-rule", "gem+samc", 44.10, -6.72, None),
+    ("samc/mini-imagenet-50", "gem", None, None, None),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "last", "bwt", "exemplars"), TRANSFERS)
+def test_published_transfers(name, method, last, bwt, exemplars) -> None:
+    (figure,) = [f for f in read_preset(name).published if f.method == method]
+    assert (figure.average, figure.last, figure.bwt) == (None, last, bwt)
+    assert figure.exemplars == exemplars and "Bai et al. (2023)" in figure.source
+
+
+def test_figures_as_text() -> None:
+    figure = Published("gem", None, 50.28, "")
+    full = replace(figure, bwt=-13.56, exemplars=2250)
+    assert full.text == "- / 50.28, BWT -13.56, 2,250 exemplars"
+    assert replace(figure, average=9.0).text == "9.00 / 50.28"
+    nothing = replace(figure, last=None)
+    assert nothing.text == "" and replace(nothing, exemplars=3).text == "3 exemplars"
+
+
 @pytest.mark.parametrize(("name", "method", "average", "last"), FIGURES)
 def test_published_figures(name: str, method: str, average: float, last: float | None) -> None:
     (figure,) = [f for f in read_preset(name).published if f.method == method]
@@ -111,12 +210,16 @@ def test_published_figures(name: str, method: str, average: float, last: float |
 
 def test_every_cell_of_the_tables_is_there() -> None:
     counts = dict.fromkeys(("Table 1", "Table 2", "Table 4"), 0)
-    for name in preset_names():
+    for name in {*preset_names()} - {*SAMC}:
         for figure in read_preset(name).published:
             for table in counts:
                 counts[table] += figure.source.replace("Tables 1 and 5", "Table 1").endswith(table)
     # Table 1: 8 methods in 12 columns, but for DER and DER + CIM at N=25 (LFH), twice.
     assert counts == {"Table 1": 8 * 12 - 4, "Table 2": 2 * 5 + 2 * 2, "Table 4": 4 * 6}
+    figures = [figure for name in SAMC for figure in read_preset(name).published]
+    # Bai et al. (2023), Table 1: ten methods on three data sets; Table 2: three more rows.
+    assert sum(figure.bwt is not None for figure in figures) == 3 * 10 + 3 * 3
+    assert sum(figure.exemplars is not None for figure in figures) == 10
 
 
 def test_methods_take_their_published_configs() -> None:
@@ -197,7 +300,8 @@ def test_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     out = capsys.readouterr().out
     for name in preset_names():
-        assert re.search(rf"^{name} +\S+ +lf[sh]-\d+ +20\d* images", out, re.M) or "5k" in name
+        preset = read_preset(name).arguments
+        assert re.search(rf"^{name} +{' +'.join(preset.values())}$", out, re.M)
     assert main(["presets", "cim/imagenet1000-lfs5-5k"]) == 0
     out = capsys.readouterr().out
     assert "memory: 5000 images" in out and "57.19 / 49.42" in out

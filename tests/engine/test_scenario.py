@@ -35,6 +35,9 @@ from fastcil.errors import FastcilError
         ("task-3", 20, [7, 7, 6]),
         ("data-3", 20, [20, 0, 0]),
         ("data-1", 20, [20]),
+        ("lfs-3-online", 20, [7, 7, 6]),
+        ("b5-inc10-online", 20, [5, 10, 5]),
+        ("data-3-online", 20, [20, 0, 0]),
     ],
 )
 def test_splits(text, classes, sizes):
@@ -47,6 +50,14 @@ def test_splits(text, classes, sizes):
     [
         *("lfs-0", "lfs-21", "lfs", "LFS-5", "b0-inc0", "b30-inc5", "5", "lfh-11", "b5"),
         *("task-0", "task-21", "task", "data-0", "data-", "data-x"),
+        *(
+            "online",
+            "-online",
+            "lfs-online",
+            "lfs-5-online-online",
+            "online-lfs-5",
+            "lfs-21-online",
+        ),
     ],
 )
 def test_bad_names_are_refused_in_one_sentence(text):
@@ -110,7 +121,6 @@ def test_few_shot_and_data_incremental_streams_fit_the_type(dataset):
             Scenario("mine", (Arrival((0, 1)), Arrival((0,), torch.tensor([1])))),
             "task 1 has no image of class 0",
         ),
-        (Scenario("mine", (Arrival((0,)),), online=True), "scenario.online is True"),
         (
             Scenario("mine", (Arrival((0, 3)), Arrival((2, 3))), task_aware=True),
             "scenario.task_aware is True, but its task 1 brings class 3 again",
@@ -133,6 +143,23 @@ def test_a_task_incremental_stream_is_the_class_incremental_one_with_the_task_kn
     assert named.arrivals == plain.arrivals
     mine = Scenario("mine", (Arrival((2, 0)), Arrival((1,))), task_aware=True)
     assert make_scenario(mine, dataset) is mine
+
+
+@pytest.mark.parametrize("name", ["lfs-2", "lfh-1", "b1-inc2", "task-2", "data-3"])
+def test_an_online_stream_is_the_same_one_seen_once(dataset, name):
+    once, plain = make_scenario(f"{name}-online", dataset, 7), make_scenario(name, dataset, 7)
+    assert once.online and not plain.online and once.task_aware == plain.task_aware
+    assert once.name == f"{name}-online" and once.order == plain.order
+    for mine, theirs in zip(once.arrivals, plain.arrivals, strict=True):
+        assert mine.classes == theirs.classes
+        assert mine.images is theirs.images or torch.equal(mine.images, theirs.images)
+    own = Scenario("mine", (Arrival((2, 0)), Arrival((1, 3))), online=True)
+    assert make_scenario(own, dataset) is own
+
+
+def test_natural_order_is_the_data_sets(dataset):
+    scenario = make_scenario("task-2-online", dataset, None)
+    assert [arrival.classes for arrival in scenario.arrivals] == [(0, 1), (2, 3)]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7, 9])

@@ -15,6 +15,7 @@ from fastcil import FastcilError
 from fastcil.cli import main
 from fastcil.engine.arguments import parse_run
 from fastcil.engine.compare import Comparison, compare
+from fastcil.engine.finding import finding
 from fastcil.engine.report import load_comparison, render_report
 from fastcil.engine.result import Result
 from fastcil.engine.trainer import Trainer
@@ -160,7 +161,9 @@ BAD = [
     ({"x" * 81: {"method": "er"}}, "1 to 80 characters"),
     ({"a": {"method": "er", "icarl.outputs": 3}}, "option 'icarl.outputs' is unknown"),
     ({"a": {"method": "er", "er.later": 3}}, "it is a group"),
-    ({"a": {"method": "er", "memory": "1 images"}}, "'memory' is no option"),
+    ({"a": {"method": "er", "memory": "much"}}, "memory is 'much', which is no budget"),
+    ({"a": {"method": "er", "memory": 7}}, "memory is 7, without a unit"),
+    ({"a": {"method": "er", "run_dir": "x"}}, "'run_dir' is no option"),
     ({"a": {"method": "er+cam", "codec": "raw"}}, "stores exemplars its own way"),
     ({"a": {"method": "er", "codec": "zip"}}, "codec 'zip' is unknown"),
 ]
@@ -179,6 +182,37 @@ def test_what_is_no_variant_is_refused_before_anything_is_written(
 def test_a_value_of_the_wrong_type_is_named(tmp_path: Path) -> None:
     with pytest.raises(FastcilError, match=r"option 'cam.ratio' is 'much'"):
         run({"a": {"method": "er+cam", "cam.ratio": "much"}}, tmp_path / "x")
+
+
+def test_a_variant_may_have_a_memory_of_its_own(tmp_path: Path) -> None:
+    sweep: dict[str, Any] = {"er": {}}
+    for label, memory in {
+        "none": "none",
+        "4": "4 images",
+        "all": "12 images",
+        "2 each": "2 images/class",
+    }.items():
+        sweep[label] = {"method": "er", "memory": memory}
+    sweep["bytes"] = {"method": "icarl", "memory": "4 KiB"}
+    comparison = run(sweep, tmp_path)
+    memories = ["8 images", "none", "4 images", "12 images", "2 images/class", "4KiB"]
+    assert [r.config["memory"] for r in comparison.results.values()] == memories
+    assert comparison.memories == memories
+    held = [result.exemplars for result in comparison.results.values()]
+    assert held[:5] == [8, 0, 4, 12, 8] and held[5] > 0
+    columns = {str(column.header): list(column.cells) for column in comparison.table().columns}
+    assert [cell for cell in columns["memory"] if cell][:6] == memories
+    again = load_comparison(tmp_path)
+    said, page = finding(again), render_report(again)
+    assert "Each with a memory of its own" in said and "At equal memory" not in said + page
+    assert "a comparison at equal memory" not in page and "memory <b>8 images, none, 4" in page
+    equal = Comparison({name: again.results[name] for name in ("er",)} | {"x": again.results["er"]})
+    assert "At equal memory" in finding(equal) and "a comparison at equal memory" in render_report(
+        equal
+    )
+    # The same label with another memory is another run.
+    with pytest.raises(FastcilError, match="memory was 4 images, now 5 images"):
+        run({"4": {"method": "er", "memory": "5 images"}}, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cim-ablations", "cim-sensitivity"])

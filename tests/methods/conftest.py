@@ -14,7 +14,7 @@ from backbones import ConvNet
 from torch import Tensor, nn
 
 from fastcil.contract import Batch, Method, Recipe, Stage, Stream, Task
-from fastcil.data import Examples, ImageStore
+from fastcil.data import Augmentation, Examples, ImageStore
 
 SIDE = 8
 # Uneven tasks, the last of a single class.
@@ -30,6 +30,8 @@ def read(examples: Examples, index: Sequence[int], flip: bool = False) -> Tensor
 
 class TinyContext:
     """What the engine lends, without an engine."""
+
+    augmentation = Augmentation(SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
     def make_backbone(self) -> nn.Module:
         return ConvNet()
@@ -87,6 +89,7 @@ def make_tasks(sizes: Sequence[int] = SIZES, per_class: int = 12, kept: int = 4)
                 examples=new,
                 exemplars=Examples.cat(old) if old else none,
                 room=kept * (known + size),
+                allowance=20_000.0 * kept * (known + size),
             )
         )
         known += size

@@ -10,11 +10,15 @@ from torch.nn import functional
 
 from fastcil.contract import evaluating
 from fastcil.curvature import DiagonalFisher, KroneckerFactors, MemoryAwareSynapses
+from fastcil.curvature.anchor import draws, scan_of
+from fastcil.curvature.curvature import Penalty
+from fastcil.data import Examples
 from fastcil.errors import FastcilError
 from fastcil.methods.ewc import EWC, OnlineEWC
 from fastcil.methods.mas import MAS
 from fastcil.methods.osla import OSLA
 from fastcil.methods.si import SI
+from fastcil.nn import LinearHead
 
 METHODS = [EWC, OnlineEWC, MAS, OSLA, SI]
 SIZES = (2, 3, 2)
@@ -255,6 +259,66 @@ def test_heads_of_their_own_are_not_held(lab, cls):
     stage.loss(batch)["classification"].backward()
     assert not method.network.head.weight.grad[:2].any()
     assert method.network.head.weight.grad[2:].any()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (EWC, {}),
+        (EWC, {"estimator": "exact"}),
+        (OnlineEWC, {"per": "batch"}),
+        (MAS, {}),
+        (OSLA, {"curvature": "kfac", "estimator": "exact"}),
+        (OSLA, {"curvature": "ekfac", "estimator": "sampled"}),
+    ],
+)
+def test_curvature_is_that_of_the_tasks_own_head(lab, cls, options):
+    """As of a network that has no other outputs."""
+    method, (first, second, _) = make(lab, cls, head="task", **options), lab.make_tasks(SIZES)
+    lab.learn(method, first)
+    merge, measured = method.merge, []
+
+    generator = torch.Generator().manual_seed(0)
+    step = {
+        name: torch.randn(p.shape, generator=generator)
+        for name, p in method.network.named_parameters()
+        if not name.startswith("head.")
+    }
+
+    def merged(old, new, task):
+        measured.append(Penalty(new)(step))
+        return merge(old, new, task)
+
+    method.merge = merged
+    lab.learn(method, second)
+    twin = copy.deepcopy(method)
+    twin.network.head = LinearHead(6, 3)
+    with torch.no_grad():
+        twin.network.head.weight.copy_(method.network.head.weight[2:5])
+        twin.network.head.bias.copy_(method.network.head.bias[2:5])
+    alone = Examples(second.examples.images, second.examples.labels - 2)
+    expected = twin.curvature()
+    expected.measure(scan_of(lab.context, twin.network, alone, expected.of_batches), draws(1))
+    torch.testing.assert_close(measured, [Penalty(expected)(step)], rtol=1e-4, atol=1e-6)
+    assert measured[0] > 1e-3
+
+
+@pytest.mark.parametrize("cls", [EWC, OnlineEWC])
+def test_fisher_information_of_a_few_images(lab, cls):
+    """The square of their mean gradient, as the code that SAMC's figures go back to has it."""
+    method = make(lab, cls, per="batch", images=10, head="task")
+    (task,) = lab.make_tasks((3,))
+    lab.learn(method, task)
+    chosen = torch.randperm(36, generator=draws(0))[:10]
+    method.eval()
+    logits = method.network(lab.read(task.examples, chosen.tolist()))
+    loss = functional.cross_entropy(logits, task.examples.labels[chosen])
+    method.requires_grad_(True)
+    for name, p in method.network.named_parameters():
+        if not name.startswith("head."):
+            (gradient,) = torch.autograd.grad(loss, [p], retain_graph=True)
+            found = method.kept[f"curvature/{name}"]
+            torch.testing.assert_close(found, gradient.square(), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("cls", METHODS)

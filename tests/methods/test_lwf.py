@@ -135,7 +135,7 @@ def test_nothing_is_left_behind(lab, teacher):
         method.end_task(lab.after(task))
     assert method.teacher is None and method.recorded.numel() == 0
     assert method.retained() == [] and method.keeps == "nothing"
-    assert method.brought.tolist() == [2, 2]
+    assert method.outputs.brought.tolist() == [2, 2]
 
 
 def test_distillation_keeps_the_old_outputs(lab):

@@ -35,6 +35,29 @@ def test_loss_is_cross_entropy_of_all_known_classes(lab, name):
         assert float(loss) == pytest.approx(naive_cross_entropy(logits, batch.labels), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["finetune", "er"])
+def test_a_head_for_each_task(lab, name):
+    """The cross-entropy of each image over the classes that arrived with its own."""
+    cls = lookup("method", name)
+    method = cls(lab.shorten(cls.Config(head="task")), lab.context)
+    for task in lab.make_tasks((2, 3)):
+        method.begin_task(task)
+    (stage,) = method.stages(task)
+    batch = Batch.cat([lab.batch_of(s, s.pool()[::4]) for s in stage.streams])
+    method.eval()
+    with torch.no_grad():
+        logits = method.logits(batch.images).double().numpy()
+        (loss,) = stage.loss(batch).values()
+    old = batch.labels < 2
+    terms = [
+        naive_cross_entropy(logits[mine][:, first:last], batch.labels[mine] - first) * mine.sum()
+        for mine, first, last in ((old.numpy(), 0, 2), (~old.numpy(), 2, 5))
+        if mine.any()
+    ]
+    assert old.any() == (name == "er")
+    assert float(loss) == pytest.approx(sum(terms) / len(batch), rel=1e-5)
+
+
 def test_finetune_sees_new_data_only(lab):
     cls = lookup("method", "finetune")
     config = lab.shorten(cls.Config())
@@ -86,6 +109,15 @@ def test_er_joins_a_batch_of_new_data_and_one_of_exemplars(lab):
     assert torch.equal(drawn.images, lab.read(second.exemplars, range(len(second.exemplars))))
     fresh = lab.batch_of(new, torch.arange(len(new)))
     assert fresh.part.unique().tolist() == [0]
+
+
+def test_er_replays_as_many_as_it_is_told(lab):
+    cls = lookup("method", "er")
+    method = cls(lab.shorten(cls.Config(replay_batch=20), batch=6), lab.context)
+    for task in lab.make_tasks((2, 3), kept=12):
+        method.begin_task(task)
+    new, replayed = method.stages(task)[0].streams
+    assert (new.batch_size, replayed.batch_size) == (6, 20)
 
 
 def test_er_weighs_memory_as_new_data(lab):

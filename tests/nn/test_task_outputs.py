@@ -31,3 +31,14 @@ def test_outputs_are_saved_with_what_holds_them():
     outputs = TaskOutputs()
     outputs.add(2)
     assert outputs.state_dict()["brought"].tolist() == [2]
+
+
+def test_one_softmax_for_all():
+    outputs = TaskOutputs("all")
+    outputs.add(2)
+    outputs.add(3)
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 4, 2, 1])
+    assert outputs.masked(logits, labels) is logits
+    assert torch.equal(
+        outputs.cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels)
+    )

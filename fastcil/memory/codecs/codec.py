@@ -120,7 +120,7 @@ def make_codec(name: str, **options: Any) -> Codec[Any]:
     """A codec by its registered name.
 
     Args:
-        name: ``raw``, ``bbox``, ``jpeg``, or one registered by the user.
+        name: ``raw``, ``bbox``, ``jpeg``, ``sparse``, or one registered by the user.
         **options: The codec's own settings.
 
     Raises:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from typing import cast
 
 import cv2
 import numpy as np
@@ -17,12 +15,9 @@ from fastcil.data import ImageStore
 from fastcil.errors import FastcilError
 from fastcil.memory.codecs.byte_store import ByteStore
 from fastcil.memory.codecs.codec import Codec
+from fastcil.memory.codecs.parallel import in_parallel
 
 Pixels = NDArray[np.uint8]
-Made = TypeVar("Made")
-
-# A thread takes images in stretches: handing over one at a time costs as much as a small image.
-_STRETCHES = 8
 
 
 class JpegCodec(Codec[ByteStore]):
@@ -91,7 +86,7 @@ class JpegCodec(Codec[ByteStore]):
             file: Pixels = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)[1]
             return file.reshape(-1)
 
-        files = _in_parallel(write, len(host))
+        files = in_parallel(write, len(host))
         return ByteStore.from_strings(files, host.sizes).to(images.device)
 
     def decode(self, encoded: ByteStore) -> ImageStore:
@@ -116,7 +111,7 @@ class JpegCodec(Codec[ByteStore]):
             rgb = arena[ends[place] - bgr.size : ends[place]].reshape(bgr.shape)
             cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=rgb)
 
-        _in_parallel(read, len(files))
+        in_parallel(read, len(files))
         return ImageStore.from_pixels(pixels, sizes).to(encoded.device)
 
     def units(self, encoded: ByteStore) -> Tensor:
@@ -146,18 +141,3 @@ def _decode(file: Pixels) -> Pixels | None:
     except cv2.error:
         return None
     return cast("Pixels | None", bgr)
-
-
-def _in_parallel(work: Callable[[int], Made], count: int) -> list[Made]:
-    """``work`` of 0 to count - 1, in order, on as many threads as torch has."""
-    threads = min(torch.get_num_threads(), count)
-    if threads < 2:
-        return [work(place) for place in range(count)]
-    parts = min(count, threads * _STRETCHES)
-    cuts = [count * part // parts for part in range(parts + 1)]
-
-    def stretch(first: int, last: int) -> list[Made]:
-        return [work(place) for place in range(first, last)]
-
-    with ThreadPoolExecutor(threads) as pool:
-        return [made for made_here in pool.map(stretch, cuts, cuts[1:]) for made in made_here]

@@ -1,0 +1,360 @@
+"""What is lost where pixels of exemplars are dropped and completed: outputs, bytes, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastcil.addons.exemplar_pictures import scaled, side_by_side
+from fastcil.contract import Context, Record, Task
+from fastcil.data import Examples, ImageStore
+from fastcil.data.ranks import rank_in_class
+from fastcil.memory.codecs.sparse import salient_pixels
+from fastcil.memory.codecs.sparse_store import form_nbytes
+
+_GREY = 128
+_AT_ONCE = 16
+_COMPARED = 1 << 22
+_FORMS = ("coo", "runs", "bitmask", "smallest")
+
+
+@dataclass(frozen=True)
+class Completed:
+    """Exemplars of a task beside what they were made of.
+
+    Args:
+        originals: N images as they came.
+        images: The same as memory gives them back, raw.
+        maps: Their saliency, float32 [N, h, w].
+        masks: True where a pixel is kept, bool [sum of H W], row-major, image after image.
+    """
+
+    originals: Examples
+    images: ImageStore
+    maps: Tensor
+    masks: Tensor
+
+    @classmethod
+    def of(
+        cls, originals: Examples, images: ImageStore, maps: Tensor, masks: Tensor, exact: bool
+    ) -> Completed:
+        """The same; with ``exact`` without images that differ where they should be the same.
+
+        An exemplar of an earlier task has no original among the new images, and is taken for
+        another of its class.
+        """
+        raw = originals.images.reconstruct().to(images.device)
+        sizes, masks = raw.sizes, masks.to(images.device)
+        image = torch.arange(len(originals), device=images.device)
+        image = image.repeat_interleave(sizes.prod(1))
+        differs = (raw.pixels != images.reconstruct().pixels).view(-1, 3).any(1) & masks
+        same = torch.bincount(image[differs], minlength=len(originals)) == 0
+        same |= not exact
+        return cls(
+            Examples(raw, originals.labels.to(raw.device)).select(same),
+            images.reconstruct().select(same),
+            maps[same.to(maps.device)],
+            masks[same[image]],
+        )
+
+    def __len__(self) -> int:
+        return len(self.originals)
+
+    def mask(self, place: int) -> Tensor:
+        """The mask of one image, bool [H, W]."""
+        height, width = self.originals.images.sizes[place].tolist()
+        first = int(self.originals.images.sizes[:place].prod(1).sum())
+        return self.masks[first : first + height * width].view(height, width)
+
+
+def first_of_each(task: Task, count: int) -> Tensor:
+    """Positions of exemplars of a task's classes, int64: those memory will keep longest.
+
+    Args:
+        task: Its exemplars those that memory holds now.
+        count: How many at most; the first of each class come first.
+    """
+    labels = task.exemplars.labels.cpu()
+    mine = torch.isin(labels, torch.tensor(task.classes, dtype=torch.int64)).nonzero().flatten()
+    order = rank_in_class(labels[mine]).argsort(stable=True)
+    return mine[order[:count]]
+
+
+def pair_up(task: Task, places: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Exemplars and the images of the task that they were made of.
+
+    An exemplar's original is the image of its class and size whose salient pixels differ least
+    from it, of several the one that has most of them.
+
+    Args:
+        task: Its exemplars those that memory holds now.
+        places: Positions of exemplars, int64 [n].
+        maps: Saliency of the task's images, float32 [N, h, w].
+        threshold: mu.
+
+    Returns:
+        Those of ``places`` that have an original, and its position in the task's examples, int64
+        each.
+    """
+    known: dict[tuple[int, ...], _Salient] = {}
+    pairs = []
+    for place in places.tolist():
+        exemplar = task.exemplars.images.image(place).cpu()
+        kind = (int(task.exemplars.labels[place]), *exemplar.shape[:2])
+        if kind not in known:
+            known[kind] = _Salient.of(task.examples, kind, maps, threshold)
+        if len(known[kind].index):
+            pairs.append((place, known[kind].nearest(exemplar)))
+    both = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+@dataclass(frozen=True)
+class _Salient:
+    """Salient pixels of images of one class and size, on the CPU.
+
+    Args:
+        index: Positions of the images, int64 [n].
+        image: Which of these each pixel is of, int64 [K].
+        pixel: Where in it, int64 [K].
+        values: uint8 [K, 3].
+    """
+
+    index: Tensor
+    image: Tensor
+    pixel: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(
+        cls, examples: Examples, kind: tuple[int, ...], maps: Tensor, threshold: float
+    ) -> _Salient:
+        """The pixels of images of a (class, height, width), at most some four million of them."""
+        label, height, width = kind
+        size = torch.tensor([height, width], device=examples.images.device)
+        alike = (examples.images.sizes == size).all(1).cpu() & (examples.labels == label).cpu()
+        index = alike.nonzero().flatten()
+        images = examples.images.select(index.to(examples.images.device)).to("cpu").reconstruct()
+        keep = salient_pixels(maps[index.to(maps.device)].cpu(), images.sizes, threshold)
+        places = keep.nonzero().flatten()
+        places = places[:: 1 + len(places) // _COMPARED]
+        area = height * width
+        values = images.pixels.view(-1, 3)[places]
+        return cls(index, places.div(area, rounding_mode="floor"), places % area, values)
+
+    def nearest(self, exemplar: Tensor) -> int:
+        """The image whose pixels differ least from those there of an exemplar, uint8 [H, W, 3]."""
+        change = (exemplar.view(-1, 3)[self.pixel].int() - self.values.int()).abs().sum(1)
+        count = torch.bincount(self.image, minlength=len(self.index))
+        mean = torch.bincount(self.image, change.double(), minlength=len(self.index)) / count
+        least = mean.nan_to_num(torch.inf)
+        return int(self.index[torch.where(least == least.amin(), count, -1).argmax()])
+
+
+def output_errors(
+    context: Context,
+    scores: Callable[[Tensor], Tensor],
+    before: Examples,
+    after: ImageStore,
+    threshold: float,
+) -> Tensor:
+    r"""How much completion changes the score of the class, and by how much it should at most.
+
+    .. math:: \lvert y^c_x - y^c_{\tilde x} \rvert
+        \approx \lvert \langle \partial y^c / \partial x, \tilde x - x \rangle \rvert
+        \le \lVert \partial y^c / \partial x \rVert \, \lVert \tilde x - x \rVert
+        \le \mu \, \Delta_x \sqrt d
+
+    (Bai et al. 2023, Lemma 4.2 and Eq. I.8), with :math:`\Delta_x = \max_i \lvert x_i - \tilde x_i
+    \rvert`. The square root is the proof's; Eq. 4.11 prints d to the power of -2. The last step
+    takes the norm of the gradient for the saliency and this for at most mu where pixels were
+    dropped, which nothing assures: it is the step to be looked at.
+
+    Images are seen whole at the network's size: x has d = 3 s s values from 0 to 1.
+
+    Args:
+        context: Reads the images.
+        scores: Normalised images -> [B, K], by modules in evaluation mode.
+        before: N originals and their classes c.
+        after: The completed images.
+        threshold: mu.
+
+    Returns:
+        The first, the third and the last of these terms, float64 [N, 3].
+    """
+    std = torch.tensor(context.augmentation.std)
+    errors = [torch.empty(0, 3, dtype=torch.float64)]
+
+    def read(images: Tensor, labels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        return images, labels
+
+    originals, labels = context.scan_labelled(read, before, look="whole")
+    completed, _ = context.scan_labelled(read, Examples(after, before.labels), look="whole")
+    scale = std.to(originals)[:, None, None]
+    for rows in torch.arange(len(before)).split(_AT_ONCE):
+        rows = rows.to(labels.device)
+        x, change = originals[rows].requires_grad_(), (completed - originals)[rows] * scale
+        own = labels[rows][:, None]
+        with torch.enable_grad():
+            y = scores(x).gather(1, own)
+            (slope,) = torch.autograd.grad(y.sum(), [x])
+        with torch.no_grad():
+            changed = scores(completed[rows]).gather(1, own)
+        steep = (slope / scale).flatten(1).double().norm(dim=1)
+        moved = change.flatten(1).double()
+        found = [
+            (y.detach() - changed)[:, 0].double().abs(),
+            steep * moved.norm(dim=1),
+            threshold * moved.abs().amax(1) * moved.shape[1] ** 0.5,
+        ]
+        errors.append(torch.stack(found, 1).cpu())
+    return torch.cat(errors)
+
+
+class CompletionRecords(nn.Module):
+    """Figures of every task's exemplars, and pictures of the last one's.
+
+    Attributes:
+        errors: For each task measured, the means of `output_errors`, and the shares of exemplars
+            whose error is within the second and the third, float64 [T, 6], the task first.
+        taken: For each, exemplars of a class, and of a raw image's bytes what the pixels kept, and
+            with them the mask in each form, take, float64 [T, 7], the task first.
+    """
+
+    errors: Tensor
+    taken: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("errors", torch.empty(0, 6, dtype=torch.float64))
+        self.register_buffer("taken", torch.empty(0, 7, dtype=torch.float64))
+        self._pictures: Record | None = None
+
+    def note(self, task: Task, shown: Completed, errors: Tensor, pictures: int) -> None:
+        """Adds a task.
+
+        Args:
+            task: Its exemplars those that memory holds now.
+            shown: Exemplars of its classes.
+            errors: Their `output_errors`, float64 [N, 3].
+            pictures: How many of them to show.
+        """
+        within = (errors[:, :1] <= errors[:, 1:]).double()
+        row = torch.cat([errors.mean(0), within.mean(0)])
+        self.errors = _append(self.errors, task.index, row)
+        sizes = shown.originals.images.sizes
+        nbytes = form_nbytes(shown.masks, sizes)
+        raw = nbytes["raw"].double()
+        image = torch.arange(len(shown)).to(sizes.device).repeat_interleave(sizes.prod(1))
+        kept = raw.new_zeros(len(shown)).index_add_(0, image, shown.masks.to(raw))
+        shares = [(3 * kept / raw).mean(), *((nbytes[form] / raw).mean() for form in _FORMS)]
+        held = len(task.exemplars) / task.total
+        self.taken = _append(self.taken, task.index, torch.stack([raw.new_tensor(held), *shares]))
+        title = f"Saliency and completion of {task.name or f'task {task.index + 1}'}"
+        self._pictures = completion_pictures(title, shown, pictures)
+
+    def records(self, threshold: float) -> list[Record]:
+        """Curves over tasks, the table of Lemma 4.2, and the pictures.
+
+        Args:
+            threshold: mu, for the title.
+        """
+        if not len(self.taken):
+            return []
+        tasks, held, kept, *forms = (column.tolist() for column in self.taken.cpu().T)
+        x = [int(task) for task in tasks]
+        numbers = {"exemplars of a class": held}
+        shares = {"pixels kept": kept}
+        shares |= {f"with their mask: {n}": f for n, f in zip(_FORMS, forms, strict=True)}
+        figures = {**_LEMMA}
+        table = [
+            [int(row[0]), *(f"{v:.4g}" for v in row[1:4]), *(f"{100 * v:.0f} %" for v in row[4:])]
+            for row in self.errors.tolist()
+        ]
+        found = self.errors.cpu().T[1:4].tolist()
+        records = [
+            _curve("Images of a class, pixels dropped", x, numbers, "images"),
+            _curve(f"Of an exemplar's raw bytes, mu = {threshold:g}", x, shares, "share"),
+            _curve(
+                "Lemma 4.2: change of an exemplar's score by completion",
+                x,
+                dict(zip(figures.values(), found, strict=True)),
+                "score, mean over exemplars",
+            ),
+            Record(
+                "table",
+                "Lemma 4.2, with the proof's square root of d (Eq. 4.11 prints d to the -2)",
+                {
+                    "columns": ["task", *figures.values(), "within first order", "within bound"],
+                    "rows": table,
+                },
+            ),
+        ]
+        return records if self._pictures is None else [*records, self._pictures]
+
+
+_LEMMA = {
+    "error": "|y(x) - y(x~)|",
+    "first": "first order: ‖dy/dx‖ ‖x~ - x‖",
+    "bound": "bound: mu Δx √d",
+}
+
+
+def completion_pictures(title: str, shown: Completed, count: int) -> Record:
+    """Originals, their saliency, what is stored of them, and what is made of that.
+
+    (Bai et al. 2023, Figs. 4 and 6, with what is stored between.)
+
+    Args:
+        title: Of the record.
+        shown: Exemplars.
+        count: How many of them, the first ones.
+
+    Returns:
+        A record of kind ``images``: the saliency map lies over the image, blue for 0 and red for
+        1; dropped pixels are grey.
+    """
+    payload: dict[str, list[Any]] = {"images": [], "captions": []}
+    for place in range(min(count, len(shown))):
+        original = shown.originals.images.image(place).cpu().numpy()
+        mask = shown.mask(place).cpu().numpy()
+        stored = np.where(mask[:, :, None], original, np.uint8(_GREY))
+        row = [
+            original,
+            _heated(original, shown.maps[place].cpu().numpy()),
+            stored,
+            shown.images.image(place).cpu().numpy(),
+        ]
+        payload["images"].append(side_by_side([scaled(picture) for picture in row]))
+        payload["captions"].append(
+            f"class {int(shown.originals.labels[place])}: original, saliency, stored "
+            f"({100 * mask.mean():.0f} % of the pixels), completed"
+        )
+    return Record("images", title, payload)
+
+
+def _heated(image: NDArray[np.uint8], values: NDArray[Any]) -> NDArray[np.uint8]:
+    """An image under its map's colours."""
+    size = image.shape[1], image.shape[0]
+    heat = cv2.resize(values.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    coloured = cv2.applyColorMap((255 * heat.clip(0, 1)).astype(np.uint8), cv2.COLORMAP_JET)
+    mixed = cv2.addWeighted(image, 0.5, cv2.cvtColor(coloured, cv2.COLOR_BGR2RGB), 0.5, 0.0)
+    return np.asarray(mixed, dtype=np.uint8)
+
+
+def _append(held: Tensor, task: int, row: Tensor) -> Tensor:
+    """One more row, the task in front."""
+    row = torch.cat([row.new_tensor([task]), row])
+    return torch.cat([held, row[None].to(held)])
+
+
+def _curve(title: str, x: list[int], y: dict[str, Any], ylabel: str) -> Record:
+    """A record of lines over tasks."""
+    return Record("curve", title, {"x": x, "y": y, "xlabel": "task", "ylabel": ylabel})

@@ -1,0 +1,269 @@
+"""Whether gradients on completed exemplars stand for those on the originals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcil.addons.completion_records import Completed
+from fastcil.contract import Batch, Context, Record, Retained, Stage, Task, evaluating, total
+from fastcil.curvature.anchor import draws
+from fastcil.data import Examples, ImageStore
+from fastcil.memory.originals import find_original
+
+Completer = Callable[[ImageStore, Tensor], ImageStore]
+"""Images and their saliency maps -> the images as memory gives them back."""
+
+Gradient = Sequence[Tensor | None]
+"""One entry for each parameter; None where the loss doesn't depend on it."""
+
+_STORED = {"pixels": torch.uint8, "offsets": torch.int64, "geometry": torch.int16}
+_FIGURES = ("<g, g~k>", "<g, gk>", "cos(g, g~k)", "cos(g, gk)", "cos(gk, g~k)", "loss on memory")
+_COSINES = slice(2, 5)
+_LOSS = 5
+# A completion is repeated to within rounding.
+_SAME = 1.0
+
+
+class Transfer(nn.Module):
+    r"""Compares gradients as each task begins and ends (Bai et al. 2023, Sec. 4.3).
+
+    With g the gradient of the method's loss on some of a task's new images, :math:`\tilde g_k` that
+    on completed exemplars of an earlier task k, and :math:`g_k` that on the originals of the same
+    exemplars,
+
+    - Lemma 4.1: :math:`\langle g, \tilde g_k \rangle \ge 0` implies that a small enough step along
+      g doesn't raise the loss on memory. Here: how often that loss has fallen by the end of a
+      task which began so. Steps are not small, and method and memory change g.
+    - Theorem 4.1: :math:`\langle g, \tilde g_k \rangle > 0` implies :math:`\langle g, g_k \rangle
+      > 0` as :math:`\tilde x \to x`. Here: how often it does.
+
+    The loss is that of the stage that learns the new data, the method in evaluation mode and the
+    images by the test transform; the originals are kept for this alone.
+
+    Args:
+        context: Reads images.
+        samples: New images that g is taken on.
+
+    Attributes:
+        begun: What was found as the task began, float64 [K, 7]: k, then the six figures.
+        rows: Task, k, the figures as it began, and as it ended, float64 [R, 14].
+    """
+
+    pixels: Tensor
+    offsets: Tensor
+    geometry: Tensor
+    labels: Tensor
+    tasks: Tensor
+    maps: Tensor
+    begun: Tensor
+    rows: Tensor
+
+    def __init__(self, context: Context, samples: int) -> None:
+        super().__init__()
+        self.context = context
+        self.samples = samples
+        for name, dtype in _STORED.items():
+            shape = (0, 8) if name == "geometry" else (0,)
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        for name in ("labels", "tasks"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64))
+        self.register_buffer("maps", torch.empty(0, 0, 0))
+        self.register_buffer("begun", torch.empty(0, 7, dtype=torch.float64))
+        self.register_buffer("rows", torch.empty(0, 14, dtype=torch.float64))
+
+    def keep(self, task: Task, shown: Completed) -> None:
+        """Keeps the originals of some exemplars of a task."""
+        device = self.labels.device
+        images = ImageStore.cat([self._images(), shown.originals.images.to(device)])
+        for name, value in images.state().items():
+            setattr(self, name, value)
+        labels = shown.originals.labels.to(device)
+        self.labels = torch.cat([self.labels, labels])
+        self.tasks = torch.cat([self.tasks, torch.full_like(labels, task.index)])
+        maps = shown.maps.to(device)
+        self.maps = torch.cat([self.maps, maps]) if len(self.maps) else maps.clone()
+
+    def _images(self) -> ImageStore:
+        return ImageStore(self.pixels, self.offsets, self.geometry)
+
+    def watch(self, task: Task, stage: Stage, complete: Completer) -> None:
+        """Measures as a stage begins and as it ends; changes the stage in place.
+
+        Args:
+            task: The task.
+            stage: What learns its new data.
+            complete: What memory does to exemplars.
+        """
+        begin, finish = stage.begin, stage.finish
+
+        def started() -> None:
+            if begin is not None:
+                begin()
+            self.begun = self._measure(task, stage, complete)
+
+        def finished() -> None:
+            ended = self._measure(task, stage, complete)[:, 1:]
+            first = torch.full_like(self.begun[:, :1], task.index)
+            self.rows = torch.cat([self.rows, torch.cat([first, self.begun, ended], 1)])
+            self.begun = self.begun[:0].clone()
+            if finish is not None:
+                finish()
+
+        stage.begin, stage.finish = started, finished
+
+    def _measure(self, task: Task, stage: Stage, complete: Completer) -> Tensor:
+        """The figures of every earlier task of which there is an exemplar, float64 [K, 7]."""
+        found = self.begun[:0]
+        earlier = self.tasks.unique().tolist()
+        if not earlier:
+            return found
+        order = torch.randperm(len(task.examples), generator=draws(task.index))[: self.samples]
+        g, _ = self._gradient(stage, task.examples, order, 0)
+        for k in earlier:
+            mine = (self.tasks == k).nonzero().flatten()
+            originals = self._images().select(mine)
+            completed = complete(originals, self.maps[mine])
+            held = Examples(completed, self.labels[mine])
+            rows, index = _where(task.exemplars, held)
+            if not len(index):
+                continue
+            seen = held.select(rows.to(held.labels.device))
+            true = Examples(originals.select(rows.to(originals.device)), seen.labels)
+            g_completed, loss = self._gradient(stage, seen, index, 1)
+            g_original, _ = self._gradient(stage, true, index, 1)
+            figures = [k, *_figures(g, g_completed, g_original), loss]
+            found = torch.cat([found, found.new_tensor([figures])])
+        return found
+
+    def _gradient(
+        self, stage: Stage, examples: Examples, index: Tensor, part: int
+    ) -> tuple[Gradient, float]:
+        """The gradient of a stage's loss, and the loss.
+
+        ``index`` are positions in the part that the stage knows: of the task's images, which are
+        taken from ``examples`` here, or of its exemplars, in whose place these stand.
+        """
+        if part == 0:
+            examples = examples.select(index.to(examples.labels.device))
+
+        def read(images: Tensor, labels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+            return images, labels
+
+        images, labels = self.context.scan_labelled(read, examples, look="centre")
+        parts = torch.full_like(labels, part)
+        batch = Batch(images, labels, parts, index.to(labels.device))
+        parameters = list(stage.parameters())
+        before = [parameter.requires_grad for parameter in parameters]
+        devices = [images.device] if images.is_cuda else []
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            # A loss may draw random numbers; training must not notice that it was looked at.
+            with evaluating(stage.method), torch.random.fork_rng(devices), torch.enable_grad():
+                loss = total(stage.call(stage.objective, batch))
+                if not loss.requires_grad:
+                    return [None] * len(parameters), float(loss)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        finally:
+            for parameter, required in zip(parameters, before, strict=True):
+                parameter.requires_grad_(required)
+        return gradients, float(loss.detach())
+
+    def retained(self) -> Retained:
+        """The originals, which no budget counts."""
+        names = (*_STORED, "labels", "tasks", "maps")
+        held = {name: getattr(self, name) for name in names}
+        return Retained("originals of exemplars", "analysis", held)
+
+    def records(self) -> list[Record]:
+        """Mean cosines of every task, and how often what the lemma and the theorem say holds."""
+        if not len(self.rows):
+            return []
+        rows = self.rows.cpu()
+        start, end = rows[:, 2:8], rows[:, 8:]
+        tasks = rows[:, 0].unique()
+        lines = {
+            f"{name}, {when}": [_finite(v) for v in _means(rows[:, 0], tasks, values)]
+            for when, figures in (("as it begins", start), ("as it ends", end))
+            for name, values in zip(_FIGURES[_COSINES], figures.T[_COSINES], strict=True)
+        }
+        fell = end[:, _LOSS] <= start[:, _LOSS]
+        table = [
+            _count("Theorem 4.1, tasks beginning", start[:, 0] > 0, start[:, 1] > 0),
+            _count("Theorem 4.1, tasks ending", end[:, 0] > 0, end[:, 1] > 0),
+            _count("Lemma 4.1, from beginning to end", start[:, 0] >= 0, fell),
+        ]
+        return [
+            Record(
+                "curve",
+                "Gradients on new images, completed exemplars and their originals",
+                {
+                    "x": [int(task) for task in tasks.tolist()],
+                    "y": lines,
+                    "xlabel": "task",
+                    "ylabel": "cosine, mean over earlier tasks",
+                },
+            ),
+            Record(
+                "table",
+                "Does a step that is good for completed exemplars serve the originals?",
+                {
+                    "columns": ["", "pairs of tasks", "condition met", "and what follows from it"],
+                    "rows": table,
+                },
+            ),
+        ]
+
+
+def _where(exemplars: Examples, completed: Examples) -> tuple[Tensor, Tensor]:
+    """Which completed images memory still holds, and their positions there, int64 [n] each."""
+    pairs = []
+    for row, label in enumerate(completed.labels.tolist()):
+        image = completed.images.image(row)
+        place = find_original(exemplars, label, image)
+        if place is None or exemplars.images.image(place).shape != image.shape:
+            continue
+        change = exemplars.images.image(place).cpu().int() - image.cpu().int()
+        if float(change.abs().float().mean()) < _SAME:
+            pairs.append((row, place))
+    both = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def _figures(g: Gradient, completed: Gradient, original: Gradient) -> list[float]:
+    """Both products with g, and the three cosines."""
+    pairs = ((g, completed), (g, original), (original, completed))
+    return [_dot(*pairs[0]), _dot(*pairs[1]), *(_cosine(*pair) for pair in pairs)]
+
+
+def _dot(a: Gradient, b: Gradient) -> float:
+    """Inner product over all parameters, in float64; what has no gradient has a zero one."""
+    both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return float(sum((x.double() * y.double()).sum() for x, y in both))
+
+
+def _cosine(a: Gradient, b: Gradient) -> float:
+    """NaN where one of them is zero."""
+    length = math.sqrt(_dot(a, a) * _dot(b, b))
+    return _dot(a, b) / length if length else math.nan
+
+
+def _means(which: Tensor, tasks: Tensor, values: Tensor) -> list[float]:
+    """Mean over the rows of each task that have a value."""
+    return [float(values[which == task].nanmean()) for task in tasks]
+
+
+def _finite(value: float) -> float | None:
+    """Without a value the line is broken."""
+    return value if math.isfinite(value) else None
+
+
+def _count(name: str, condition: Tensor, conclusion: Tensor) -> list[Any]:
+    """A row of the table: pairs, those that meet the condition, and how many of these conclude."""
+    met, both = int(condition.sum()), int((condition & conclusion).sum())
+    return [name, len(condition), met, f"{both} ({100 * both / met:.0f} %)" if met else "none"]
