@@ -17,6 +17,7 @@ _USAGE = """usage: fastcil COMMAND [options]
   report     write a run's report:    fastcil report RUN_DIR
   methods    what there is:           fastcil methods [NAME]
   presets    published runs:          fastcil presets [NAME]
+  codec      a learned image codec:   fastcil codec COMMAND, such as train
   doctor     what this machine can do
 
   fastcil COMMAND --help lists a command's options.
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": _report,
         "methods": _methods,
         "presets": _presets,
+        "codec": _codec,
         "doctor": _doctor,
     }
     shown = warnings.showwarning
@@ -163,6 +165,12 @@ def _presets(arguments: list[str]) -> int:
         raise FastcilError(f"presets takes one name; it got {len(arguments)}.")
     print(describe_preset(arguments[0]) if arguments else list_presets())
     return 0
+
+
+def _codec(arguments: list[str]) -> int:
+    from fastcil.codec_cli import run_codec
+
+    return run_codec(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -85,6 +85,7 @@ class Completion(nn.Module):
             recipe=recipe,
             parameters=self.autoencoder.parameters,
             begin=begin,
+            behind=True,
         )
 
     def objective(self, batch: Batch) -> Losses:

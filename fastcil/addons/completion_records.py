@@ -23,6 +23,7 @@ _GREY = 128
 _AT_ONCE = 16
 _COMPARED = 1 << 22
 _FORMS = ("coo", "runs", "bitmask", "smallest")
+_COMPLETED = ("by the rule", "completed")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ class Completed:
 
     def __len__(self) -> int:
         return len(self.originals)
+
+    def missed(self, images: ImageStore) -> Tensor:
+        """Mean squared error of the pixels dropped, of values from 0 to 1; NaN if none is.
+
+        Args:
+            images: What is made of them, raw, in the same order.
+        """
+        true = self.originals.images.pixels.view(-1, 3).to(images.device)
+        change = (images.pixels.view(-1, 3).double() - true.double()) / 255
+        return change[~self.masks.to(images.device)].square().mean().cpu()
 
     def mask(self, place: int) -> Tensor:
         """The mask of one image, bool [H, W]."""
@@ -226,23 +237,30 @@ class CompletionRecords(nn.Module):
             whose error is within the second and the third, float64 [T, 6], the task first.
         taken: For each, exemplars of a class, and of a raw image's bytes what the pixels kept, and
             with them the mask in each form, take, float64 [T, 7], the task first.
+        holes: For each, the mean squared error of dropped pixels, of values from 0 to 1, as the
+            rule fills them and as memory gives them back, float64 [T, 3], the task first.
     """
 
     errors: Tensor
     taken: Tensor
+    holes: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("holes", torch.empty(0, 3, dtype=torch.float64))
         self.register_buffer("errors", torch.empty(0, 6, dtype=torch.float64))
         self.register_buffer("taken", torch.empty(0, 7, dtype=torch.float64))
         self._pictures: Record | None = None
 
-    def note(self, task: Task, shown: Completed, errors: Tensor, pictures: int) -> None:
+    def note(
+        self, task: Task, shown: Completed, filled: ImageStore, errors: Tensor, pictures: int
+    ) -> None:
         """Adds a task.
 
         Args:
             task: Its exemplars those that memory holds now.
             shown: Exemplars of its classes.
+            filled: The same as the rule alone completes them.
             errors: Their `output_errors`, float64 [N, 3].
             pictures: How many of them to show.
         """
@@ -257,6 +275,8 @@ class CompletionRecords(nn.Module):
         shares = [(3 * kept / raw).mean(), *((nbytes[form] / raw).mean() for form in _FORMS)]
         held = len(task.exemplars) / task.total
         self.taken = _append(self.taken, task.index, torch.stack([raw.new_tensor(held), *shares]))
+        missed = [shown.missed(images) for images in (filled, shown.images)]
+        self.holes = _append(self.holes, task.index, torch.stack(missed))
         title = f"Saliency and completion of {task.name or f'task {task.index + 1}'}"
         self._pictures = completion_pictures(title, shown, pictures)
 
@@ -269,19 +289,29 @@ class CompletionRecords(nn.Module):
         if not len(self.taken):
             return []
         tasks, held, kept, *forms = (column.tolist() for column in self.taken.cpu().T)
-        x = [int(task) for task in tasks]
+        x = [int(task) + 1 for task in tasks]
         numbers = {"exemplars of a class": held}
         shares = {"pixels kept": kept}
         shares |= {f"with their mask: {n}": f for n, f in zip(_FORMS, forms, strict=True)}
         figures = {**_LEMMA}
         table = [
-            [int(row[0]), *(f"{v:.4g}" for v in row[1:4]), *(f"{100 * v:.0f} %" for v in row[4:])]
+            [
+                int(row[0]) + 1,
+                *(f"{v:.4g}" for v in row[1:4]),
+                *(f"{100 * v:.0f} %" for v in row[4:]),
+            ]
             for row in self.errors.tolist()
         ]
         found = self.errors.cpu().T[1:4].tolist()
         records = [
             _curve("Images of a class, pixels dropped", x, numbers, "images"),
             _curve(f"Of an exemplar's raw bytes, mu = {threshold:g}", x, shares, "share"),
+            _curve(
+                "Dropped pixels",
+                x,
+                dict(zip(_COMPLETED, self.holes.cpu().T[1:].tolist(), strict=True)),
+                "mean squared error",
+            ),
             _curve(
                 "Lemma 4.2: change of an exemplar's score by completion",
                 x,
@@ -321,7 +351,7 @@ def completion_pictures(title: str, shown: Completed, count: int) -> Record:
         A record of kind ``images``: the saliency map lies over the image, blue for 0 and red for
         1; dropped pixels are grey.
     """
-    payload: dict[str, list[Any]] = {"images": [], "captions": []}
+    payload: dict[str, list[Any]] = {"images": [], "captions": [], "labels": []}
     for place in range(min(count, len(shown))):
         original = shown.originals.images.image(place).cpu().numpy()
         mask = shown.mask(place).cpu().numpy()
@@ -333,9 +363,11 @@ def completion_pictures(title: str, shown: Completed, count: int) -> Record:
             shown.images.image(place).cpu().numpy(),
         ]
         payload["images"].append(side_by_side([scaled(picture) for picture in row]))
+        maps = shown.maps[place]
+        dead = " (a map without contrast keeps all)" if bool(maps.amax() == maps.amin()) else ""
+        payload["labels"].append(int(shown.originals.labels[place]))
         payload["captions"].append(
-            f"class {int(shown.originals.labels[place])}: original, saliency, stored "
-            f"({100 * mask.mean():.0f} % of the pixels), completed"
+            f"original, saliency{dead}, stored ({100 * mask.mean():.0f} % of the pixels), completed"
         )
     return Record("images", title, payload)
 

@@ -33,7 +33,6 @@ from fastcil.contract import (
     check_positive,
     evaluating,
 )
-from fastcil.curvature.anchor import draws
 from fastcil.data import Examples, ImageStore, read_images
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import Codec, make_codec
@@ -64,7 +63,8 @@ class SAMC(Addon):
 
     (Eq. 4.6) with a rule R and an autoencoder A, and the method trains on that. A learns to
     complete new images at the end of each task (Eq. 4.10, `fastcil.addons.completion.Completion`),
-    masked as exemplars will be. It is kept with the exemplars and counts with them.
+    masked as exemplars will be. It is kept with the exemplars, 86,244 bytes: a budget in bytes
+    counts them, one in images, as the paper's, does not.
 
     The rows of Table 2 are options, the last of which is the method:
 
@@ -105,8 +105,8 @@ class SAMC(Addon):
         """Settings of saliency-augmented memory completion.
 
         The presets ``samc-cifar10``, ``samc-cifar100`` and ``samc-mini`` have the paper's
-        thresholds for these (App. E). In an online scenario the autoencoder too sees an image once,
-        whatever its recipes say.
+        thresholds for these (App. E). The autoencoder stands behind an online stream: it learns
+        from images held meanwhile, as often as its recipes say.
 
         Args:
             threshold: mu: pixels whose saliency is above it are kept.
@@ -165,12 +165,14 @@ class SAMC(Addon):
 
     config: Config
     brings_codec: ClassVar[str | None] = "sparse"
+    seed: Tensor
 
     def __init__(self, config: Any, context: Context, method: Method) -> None:
         super().__init__(config, context, method)
         self.completion = Completion(config.paste) if config.learned else None
         self.figures = CompletionRecords()
         self.transfer = Transfer(context, config.samples) if config.analyse else None
+        self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
         # From memory's update to the end of the task: the maps of the task's images.
         self._maps: Tensor | None = None
 
@@ -182,7 +184,7 @@ class SAMC(Addon):
             try:
                 GradCAM(method.localiser(), layer=self.config.layer)
             except FastcilError as error:
-                raise CompositionError(f"option 'samc.{error}'") from error
+                raise CompositionError(f"option samc.{error}") from error
 
     def codec_options(self) -> dict[str, Any]:
         """Threshold and rule, and the autoencoder's part."""
@@ -198,6 +200,8 @@ class SAMC(Addon):
     def begin_task(self, task: Task) -> None:
         """Draws the autoencoder's weights, in the first task."""
         self.check(self.method)
+        # Draws follow the task's seed of weights, which the engine sets for each.
+        self.seed = torch.full_like(self.seed, torch.initial_seed() % 2**62)
         if task.index == 0 and self.completion is not None:
             self.completion.start()
 
@@ -208,7 +212,8 @@ class SAMC(Addon):
         if self.completion is None:
             return stages
         recipe = self.config.first if task.first else self.config.later
-        order = torch.randperm(len(task.examples), generator=draws(task.index))
+        generator = torch.Generator().manual_seed(int(self.seed))
+        order = torch.randperm(len(task.examples), generator=generator)
         chosen = order[: self.config.images]
         stream = Stream((task.examples,), recipe.batch_size, subset=chosen)
         if not (len(chosen) and recipe.epochs):
@@ -278,6 +283,8 @@ class SAMC(Addon):
         shown = self._some(task, maps)
         if not len(shown):
             return
+        ruled: Codec[Any] = make_codec("sparse", **self._rule_options())
+        filled = ruled.decode(ruled.encode(shown.originals.images, shown.maps))
         with evaluating(self.method):
             errors = output_errors(
                 self.context,
@@ -286,7 +293,7 @@ class SAMC(Addon):
                 shown.images,
                 self.config.threshold,
             )
-        self.figures.note(task, shown, errors, _PICTURES)
+        self.figures.note(task, shown, filled, errors, _PICTURES)
         if self.transfer is not None:
             self.transfer.keep(task, shown)
 

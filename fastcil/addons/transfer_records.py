@@ -122,7 +122,8 @@ class Transfer(nn.Module):
         earlier = self.tasks.unique().tolist()
         if not earlier:
             return found
-        order = torch.randperm(len(task.examples), generator=draws(task.index))[: self.samples]
+        drawn = draws(task.index, torch.initial_seed())
+        order = torch.randperm(len(task.examples), generator=drawn)[: self.samples]
         g, _ = self._gradient(stage, task.examples, order, 0)
         for k in earlier:
             mine = (self.tasks == k).nonzero().flatten()

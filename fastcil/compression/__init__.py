@@ -1,5 +1,8 @@
 """The learned image codec: model, entropy coding, bitstream."""
 
+from fastcil.compression.compressai_style import CompressaiStyle as CompressaiStyle
+from fastcil.compression.compressai_style import from_compressai_lambda as from_compressai_lambda
+from fastcil.compression.compressai_style import to_compressai_lambda as to_compressai_lambda
 from fastcil.compression.conditioning import LambdaEmbedding as LambdaEmbedding
 from fastcil.compression.gaussian import SigmaTable as SigmaTable
 from fastcil.compression.gma import MixtureConfig as MixtureConfig
@@ -8,10 +11,21 @@ from fastcil.compression.hierarchical import Hierarchical as Hierarchical
 from fastcil.compression.hierarchical import HierarchicalConfig as HierarchicalConfig
 from fastcil.compression.hyperprior import Hyperprior as Hyperprior
 from fastcil.compression.hyperprior import HyperpriorConfig as HyperpriorConfig
+from fastcil.compression.learning import CodecLearner as CodecLearner
 from fastcil.compression.model import CodecModel as CodecModel
 from fastcil.compression.model import entropy_hash as entropy_hash
 from fastcil.compression.objective import rate_distortion as rate_distortion
 from fastcil.compression.phases import Phases as Phases
+from fastcil.compression.saving import CodecFacts as CodecFacts
+from fastcil.compression.saving import load_codec as load_codec
+from fastcil.compression.saving import load_with_facts as load_with_facts
+from fastcil.compression.saving import save_codec as save_codec
+from fastcil.compression.training import FINETUNING as FINETUNING
+from fastcil.compression.training import PRETRAINING as PRETRAINING
+from fastcil.compression.training import CodecRecipe as CodecRecipe
+from fastcil.compression.training import CodecTraining as CodecTraining
+from fastcil.compression.training import draw_lambdas as draw_lambdas
+from fastcil.compression.training import lambda_range as lambda_range
 from fastcil.compression.zoo import CODECS as CODECS
 from fastcil.compression.zoo import build_codec as build_codec
 from fastcil.compression.zoo import build_model as build_model

@@ -39,7 +39,7 @@ def rate_distortion(out: Mapping[str, Any], x: Tensor, lmbda: Tensor) -> dict[st
     pixels = x.shape[-2] * x.shape[-1]
     logs = [value.float().flatten(1).sum(1) for value in out["log_likelihoods"].values()]
     bpp = sum(logs[1:], start=logs[0]) / (-math.log(2) * pixels)  # [B]
-    mse = 4 * (out["x_hat"].float() - x.float()).square().flatten(1).mean(1)  # [B]
+    mse = squared_error(out["x_hat"], x)  # [B]
     distortion = lmbda * mse
     return {
         "loss": (bpp + distortion).mean(),
@@ -47,3 +47,21 @@ def rate_distortion(out: Mapping[str, Any], x: Tensor, lmbda: Tensor) -> dict[st
         "distortion": distortion.mean(),
         "mse": mse.mean(),
     }
+
+
+def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Mean squared error of each image on the -1..1 scale: four times that in 0..1.
+
+    Args:
+        x_hat: Reconstructions of images in 0..1.  # [B, 3, H, W]
+        x: What they should be.  # [B, 3, H, W]
+
+    Returns:
+        float32 [B].
+
+    Example:
+        >>> import torch
+        >>> squared_error(torch.full((1, 3, 2, 2), 0.5), torch.zeros(1, 3, 2, 2))
+        tensor([1.])
+    """
+    return 4 * (x_hat.float() - x.float()).square().flatten(1).mean(1)

@@ -49,6 +49,7 @@ CODECS: dict[str, str | type] = {
     "bbox": "fastcil.memory.codecs.bbox:BBoxCodec",
     "jpeg": "fastcil.memory.codecs.jpeg:JpegCodec",
     "sparse": "fastcil.memory.codecs.sparse:SparseCodec",
+    "learned": "fastcil.memory.codecs.learned:LearnedCodec",
 }
 ALIASES = {"ft-cnn": "finetune"}
 

@@ -130,7 +130,9 @@ class Stage:
         companions: Stages that take a few steps of their own after each epoch of this one. Of a
             companion, ``begin``, ``finish``, ``before_epoch`` and companions of its own are not
             used, and its recipe's schedule follows this stage's epochs.
-        steps: As a companion, the number of steps at each visit; 0 for a whole epoch.
+        steps: Steps of an epoch or, of a companion, of each visit; 0 to read the first stream once.
+        behind: Whether it stands behind the stream, on images held meanwhile: in an online scenario
+            its recipe keeps its length. What serves the memory, such as an autoencoder, does so.
         compiled: The objective as `torch.compile` made it, for steps that need first derivatives
             only (it refuses double backward); set by the trainer.
     """
@@ -148,6 +150,7 @@ class Stage:
     before_epoch: list[Callable[[int], None]] = field(default_factory=list)
     companions: list[Stage] = field(default_factory=list)
     steps: int = 0
+    behind: bool = False
     compiled: Callable[[Batch], Losses] | None = None
 
     def call(

@@ -27,8 +27,7 @@ class Task:
         allowance: Bytes that all that is kept may take once the task is done, for a method that
             keeps something else than exemplars; a budget in images allows what as many raw images
             of the task's mean size take.
-        online: Whether each new image is seen once: the engine lets no stage pass over
-            ``examples`` a second time.
+        online: Whether every stage that trains on ``examples`` passes over them once.
 
     Example:
         >>> import numpy as np, torch

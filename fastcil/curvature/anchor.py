@@ -87,6 +87,12 @@ class Hold:
         return self._penalty(displacements(self.kept, dict(model.named_parameters())))
 
 
-def draws(index: int) -> torch.Generator:
-    """The generator of one task's draws."""
-    return torch.Generator().manual_seed(0x5EED + index)
+def draws(index: int, seed: int = 0) -> torch.Generator:
+    """The generator of one task's draws.
+
+    Args:
+        index: The task's number.
+        seed: Sets runs apart. Once a task's training has begun, ``torch.initial_seed()`` is the
+            one that the engine gave it, in a run that was resumed too.
+    """
+    return torch.Generator().manual_seed((0x5EED + index + seed) % 2**63)

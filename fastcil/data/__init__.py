@@ -10,3 +10,4 @@ from fastcil.data.read import view_geometry as view_geometry
 from fastcil.data.store import Dataset as Dataset
 from fastcil.data.store import Examples as Examples
 from fastcil.data.store import ImageStore as ImageStore
+from fastcil.data.unlabelled import load_images as load_images

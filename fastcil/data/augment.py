@@ -13,7 +13,7 @@ from fastcil import ops
 from fastcil.data import autoaugment
 from fastcil.ops.pixel_ops import pixel_rows
 
-Crop = Literal["resized", "padded", "none"]
+Crop = Literal["resized", "padded", "window", "none"]
 Policy = Literal["none", "cifar", "imagenet"]
 
 # RandomResizedCrop's aspect ratios (Szegedy et al. 2015), its tries, and where it gives up.
@@ -58,7 +58,8 @@ class Augmentation:
         size: Side of the training and test image in pixels.
         crop: "resized": a random part of the image, resized (RandomResizedCrop, Szegedy et al.
             2015); "padded": a square of side `size` at the image's own resolution, out of the
-            image with `padding` black pixels on each side; "none": the whole image.
+            image with `padding` black pixels on each side; "window": the same inside the image, one
+            with a shorter side being enlarged to fit; "none": the whole image.
         min_scale: Smallest share of the image's area that "resized" takes; the largest is 1.
         padding: Black pixels on each side for "padded".
         flip: Whether half the images are mirrored.
@@ -71,7 +72,8 @@ class Augmentation:
         std: Each channel's standard deviation, likewise.
         antialias: Whether `read` filters when it shrinks.
         test_ratio: With "resized", the test image is the middle of the image resized to a short
-            side of size * test_ratio; the other crops test on the whole image.
+            side of size * test_ratio; "window" tests on the window in the middle, the other crops
+            on the whole image.
 
     Raises:
         ValueError: If a value is out of its range; the sentence names it.
@@ -195,6 +197,9 @@ class Augmentation:
         "padded": y0 is uniform over -padding ... H + padding - size, and x0 likewise; an image
         smaller than that even with its padding is put in the middle.
 
+        "window": the square's side is `size`, or the image's shorter one if that is less; its y0 is
+        uniform over 0 ... H - side, and x0 likewise.
+
         Args:
             sizes: Heights and widths of the images, whole numbers, [B, 2]; on any device.
             generator: A CPU generator.
@@ -221,6 +226,8 @@ class Augmentation:
             return self.whole(sizes), flips
         if self.crop == "padded":
             return self._padded(height, width, down, across), flips
+        if self.crop == "window":
+            return self._window(height, width, down, across), flips
         return self._resized(height, width, down, across, tries), flips
 
     def _padded(self, height: Tensor, width: Tensor, down: Tensor, across: Tensor) -> Tensor:
@@ -233,6 +240,12 @@ class Augmentation:
 
         side = torch.full_like(height, self.size)
         return _box(start(height, down), start(width, across), side, side)
+
+    def _window(self, height: Tensor, width: Tensor, down: Tensor, across: Tensor) -> Tensor:
+        """Squares inside the image, a share `down` and `across` of the way to its far corner."""
+        side = torch.minimum(height, width).clamp(max=self.size)
+        top, left = (down * (height - side + 1)).floor(), (across * (width - side + 1)).floor()
+        return _box(top, left, side, side)
 
     def _resized(
         self, height: Tensor, width: Tensor, down: Tensor, across: Tensor, tries: Tensor
@@ -261,7 +274,7 @@ class Augmentation:
 
         With "resized": the middle square of side min(H, W) / test_ratio, which is what is left of
         resizing the short side to size * test_ratio and cutting size x size out of the middle.
-        With "padded" and "none": the whole image.
+        With "window": the window in the middle. With "padded" and "none": the whole image.
 
         Args:
             sizes: Heights and widths of the images, [B, 2]; on any device.
@@ -276,9 +289,12 @@ class Augmentation:
             >>> Augmentation(224).centre(torch.tensor([[256, 512]]))
             tensor([[ 16., 144., 240., 368.]])
         """
-        if self.crop != "resized":
+        if self.crop in ("padded", "none"):
             return self.whole(sizes)
         height, width = _checked(sizes)
+        if self.crop == "window":
+            half = torch.full_like(height, 0.5)
+            return self._window(height, width, half, half)
         side = torch.minimum(height, width) / self.test_ratio
         return _box((height - side) / 2, (width - side) / 2, side, side)
 

@@ -148,6 +148,7 @@ def _listed(path: Path) -> dict[str, list[Parts]]:
             f" learned"
         )
     files: dict[str, list[Parts]] = {}
+    listed: set[str] = set()
     for file in _lists(path):
         try:
             with open(file, encoding="utf-8-sig", newline="") as lines:
@@ -162,6 +163,12 @@ def _listed(path: Path) -> dict[str, list[Parts]]:
                     f"line {number} of {file} is '{','.join(row)}'; every line names an image as"
                     f" filename,label"
                 )
+            if row[0] in listed:
+                raise DataError(
+                    f"line {number} of {file} lists '{row[0]}' again; an image is of one class, and"
+                    f" listed once"
+                )
+            listed.add(row[0])
             files.setdefault(row[1], []).append((_IMAGES, row[0]))
     return files
 

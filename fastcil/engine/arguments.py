@@ -27,9 +27,9 @@ class RunArguments:
         data: ``scenes``, a folder, ``.tar`` or ``.npz``, ``cifar100``, ``cifar10``; a part of
             one as in ``cifar100:classes=0-49``.
         scenario: ``lfs-N``, ``lfh-N``, ``bA-incB``, ``task-N`` or ``data-N``; with ``-online``
-            behind it every image is seen once.
+            behind it stages pass over new images once.
         memory: ``64MiB``, ``"2000 images"``, ``"20 images/class"``, ``none``, ``unlimited``.
-        codec: How exemplars are stored, if no addon says.
+        codec: How exemplars are stored, if no addon says; set under its name (--jpeg.quality).
         seeds: Comma-separated.
         device: ``auto``, ``cpu``, ``cuda``.
         run_dir: Where to keep the run.
@@ -103,7 +103,8 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     methods = _named_in(arguments, which) or default
     variants = parse_variants(methods if command == "compare" else [str(methods)])
     names = [variant.method for variant in variants]
-    types = config_types(names)
+    codecs = [_named_in(arguments, "codec"), *(variant.codec for variant in variants)]
+    types = config_types(names, codecs)
     preset = _named_in(arguments, "preset")
     below = merge_options(preset, {}, names)
     check_keys(below, types)
@@ -118,7 +119,7 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         parser.set_defaults(preset_arguments(preset))
     for name, cls in types.items():
         parser.add_argument(f"--{name}", type=cls, default=defaults[name])
-    parsed = _parse(parser, arguments).as_dict()
+    parsed = parse_flags(parser, arguments).as_dict()
     options: dict[str, Any] = {field.name: parsed[field.name] for field in fields(RunArguments)}
     if not is_run_preset(options["preset"]):
         del options["preset"]  # It is in the defaults.
@@ -145,7 +146,12 @@ def _named_in(arguments: Sequence[str], option: str) -> Any:
     return found
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+def parse_flags(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """What a parser makes of arguments, whose flags may have dashes for underscores.
+
+    Raises:
+        FastcilError: Anything that can't be used.
+    """
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return parser.parse_args([_underscored(parser, a) for a in arguments])
@@ -197,7 +203,7 @@ def parse_pretrain(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_class_arguments(PretrainArguments)
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    parsed = _parse(parser, arguments).as_dict()
+    parsed = parse_flags(parser, arguments).as_dict()
     taken = [*(field.name for field in fields(PretrainArguments)), *DEFAULTS]
     return {name: parsed[name] for name in taken}
 
@@ -208,11 +214,11 @@ def parse_evaluate(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("learner", type=str, help="a file that Learner.save wrote, or a run")
     parser.add_argument("--data", type=str, required=True, help="test data")
     parser.add_argument("--device", type=str, default="auto")
-    return dict(_parse(parser, arguments).as_dict())
+    return dict(parse_flags(parser, arguments).as_dict())
 
 
 def parse_report(arguments: Sequence[str]) -> str:
     """The run directory."""
     parser = ArgumentParser(prog="fastcil report", exit_on_error=False)
     parser.add_argument("run_dir", type=str, help="a directory that train or compare wrote")
-    return str(_parse(parser, arguments).run_dir)
+    return str(parse_flags(parser, arguments).run_dir)

@@ -13,6 +13,7 @@ from fastcil.contract.registry import ADDONS, ALIASES, CODECS, METHODS
 from fastcil.engine.preset_files import preset_names, read_preset
 from fastcil.engine.presets import presets
 from fastcil.errors import FastcilError
+from fastcil.memory import codec_settings
 
 
 def list_all() -> str:
@@ -45,7 +46,9 @@ def _describe(name: str) -> str:
         if name in table:
             cls = lookup(kind, name)
             config = getattr(cls, "Config", None)
-            options = "" if config is None else "\n\noptions\n" + _options(name, config())
+            settings = codec_settings(name) if kind == "codec" else config
+            listed = "" if settings is None else _options(name, settings())
+            options = f"\n\noptions\n{listed}" if listed else ""
             text = inspect.getdoc(config) or inspect.getdoc(cls) or ""
             return text + options + _presets(cls)
     known = [*METHODS, *ADDONS, *CODECS]

@@ -205,22 +205,23 @@ def compare(
     variants = parse_variants(methods)
     names = [variant.method for variant in variants]
     merged = merge_options(preset, options, names)
-    check_keys(merged, config_types(names))
+    check_keys(merged, config_types(names, [codec, *(variant.codec for variant in variants)]))
     arguments = preset_arguments(preset, data=data, scenario=scenario, memory=memory)
     data = arguments["data"]
     announce(preset, data, merged)
     plans: dict[str, Plan] = {}
     for variant in variants:
+        own_codec = variant.codec_beside(codec)
         plan = make_plan(
             variant.method,
             data if not plans else next(iter(plans.values())).dataset,
             arguments["scenario"],
             arguments["memory"] if variant.memory is None else variant.memory,
-            variant.codec_beside(codec),
+            own_codec,
             seeds,
             device,
             backbone,
-            variant.options_over(merged, GROUPS),
+            variant.options_over(merged, GROUPS, own_codec),
             str(preset) if is_run_preset(preset) else None,
         )
         if isinstance(data, (str, Path)):

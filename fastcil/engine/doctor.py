@@ -32,6 +32,8 @@ _EXTRAS = {
     "onnxscript": "export to ONNX",
     "onnxruntime": "running exported ONNX models",
     "tensorboard": "TensorBoard logs",
+    "pytorch_msssim": "MS-SSIM of codecs",
+    "imagecodecs": "JPEG XL beside codecs",
 }
 
 

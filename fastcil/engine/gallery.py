@@ -61,7 +61,8 @@ def exemplar_gallery(
     payload: dict[str, list[Any]] = {"images": [], "captions": [], "shares": []}
     for place, label in enumerate(remembered.labels.tolist()):
         exemplar = remembered.images.image(place)
-        found = find_original(task.examples, label, exemplar)
+        faithful = memory.faithful(int(chosen[place]))
+        found = find_original(task.examples, label, exemplar, faithful)
         if found is None:
             continue
         original = task.examples.images.select([found]).to("cpu")

@@ -48,7 +48,8 @@ class Learner:
     Args:
         method: The composition, as in ``foster+cim``.
         memory: Budget: ``"64MiB"``, ``"2000 images"``, ``"20 images/class"`` or a `Budget`.
-        codec: How exemplars are stored, if no addon says; default ``raw``.
+        codec: How exemplars are stored, if no addon says; default ``raw``. What can be set of it
+            are options under its name, such as ``jpeg.quality``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         seed: Seed of weights, shuffles and augmentation.
         backbone: Builds a feature extractor of the user's own (see `fastcil.nn.Network`).
@@ -341,7 +342,7 @@ class Learner:
         """
         if self._parts is None:
             parts = self._make(*natural_look(images, self.settings.groups["augment"]))
-            parts.check()
+            parts.check(images)
             self._parts = parts
         augmentation = self.parts.augmentation
         check_crop(images, augmentation.size, augmentation.crop)

@@ -80,9 +80,9 @@ def gallery_section(comparison: Comparison) -> Html:
         return Html()
     smallest = [m for m, (_, share) in found.items() if share < 1] or list(found)
     note = (
-        "Left: the original and the box that is kept at full resolution. Right: the same image as "
-        "memory remembers it. Bytes are those of the exemplar and of the raw image, both with "
-        "their metadata; a few per task, of the first seed, as thumbnails."
+        "Left: the original, with the box that is kept at full resolution where there is one. "
+        "Right: the same image as memory remembers it. Bytes are those of the exemplar and of the "
+        "raw image, both with their metadata; a few per task, of the first seed, as thumbnails."
     )
     parts = [tag("p", note, class_="note")]
     for method, (records, share) in found.items():

@@ -18,7 +18,8 @@ def see_once(stages: Sequence[Stage], task: Task) -> None:
     ``task.examples``, alone or together with exemplars. It keeps its optimiser and its peak
     learning rate for a single epoch, without warm-up, in the loader's shuffle; companions that
     read new images take no more steps than one pass over them has. Stages on exemplars alone stay
-    as they are: what memory holds may be seen again. A method of several such stages, such as a
+    as they are: what memory holds may be seen again. So do those that stand behind the stream
+    (`Stage.behind`). A method of several such stages, such as a
     warm-up before the training proper, passes once in each.
 
     Nothing is done unless ``task.online``.
@@ -30,7 +31,7 @@ def see_once(stages: Sequence[Stage], task: Task) -> None:
     for stage in stages if task.online else ():
         for part in (stage, *stage.companions):
             lead = leading(part)
-            if lead is not None and _takes_new(lead, task):
+            if lead is not None and not stage.behind and _takes_new(lead, task):
                 part.recipe = replace(part.recipe, epochs=min(1, part.recipe.epochs), warmup=0)
                 part.steps = min(part.steps, lead.steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,11 @@ from fastcil.contract import (
     replace_batch_size,
     scale_epochs,
 )
+from fastcil.contract.registry import CODECS
 from fastcil.engine.groups import GROUPS, EngineOptions
 from fastcil.engine.weights import StateDict, as_option
 from fastcil.errors import CompositionError, FastcilError
+from fastcil.memory import Codec, codec_settings, make_codec
 
 # What `fastcil.train` and `compare` take beside options.
 ARGUMENTS = (
@@ -41,7 +44,7 @@ class Settings:
 
     Args:
         method: The composition, as in ``foster+cim``.
-        groups: Option group or part of the composition -> its dataclass.
+        groups: Option group, part of the composition or codec chosen -> its dataclass.
         codec: Name of the memory's codec, or None for the addon's, else ``raw``.
         state_dict: What ``network.weights`` names, if it was passed in Python.
     """
@@ -61,6 +64,13 @@ class Settings:
         """The engine's options."""
         options: EngineOptions = self.groups["engine"]
         return options
+
+    def make_codec(self) -> Codec[Any]:
+        """The codec chosen, with its settings; ``raw`` where none is."""
+        if self.codec is None:
+            return make_codec("raw")
+        settings = self.groups.get(self.codec)
+        return make_codec(self.codec, **(dataclasses.asdict(settings) if settings else {}))
 
     def config(self, part: str) -> Any:
         """The Config of the method or of an addon, with this run's epochs and batch size."""
@@ -82,8 +92,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def config_types(methods: Iterable[str]) -> dict[str, type]:
-    """The option groups that these compositions know: the engine's and each part's Config."""
+def config_types(methods: Iterable[str], codecs: Iterable[str | None] = ()) -> dict[str, type]:
+    """The option groups that are known: the engine's, each part's Config, each codec's settings.
+
+    Args:
+        methods: Compositions.
+        codecs: Codecs chosen beside them; those without settings have no group.
+
+    Raises:
+        FastcilError: An unknown name, or a codec that is called as another group is.
+    """
     types = dict(GROUPS)
     for text in methods:
         method, addons = parse_composition(text)
@@ -91,7 +109,14 @@ def config_types(methods: Iterable[str]) -> dict[str, type]:
         types.update(
             {name: lookup("addon", name).Config for name in addons}  # type: ignore[attr-defined]
         )
-    return types
+    chosen = {name: codec_settings(name) for name in codecs if name is not None}
+    chosen = {name: settings for name, settings in chosen.items() if dataclasses.fields(settings)}
+    taken = [name for name in chosen if name in types]
+    if taken:
+        raise FastcilError(
+            f"codec '{taken[0]}' has the name of another group of options; register it by another."
+        )
+    return types | chosen
 
 
 def known_options(types: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +168,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             value = dataclasses.asdict(value)
         if name == _WEIGHTS:
             value = as_option(value)
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{name}."))
         else:
@@ -175,7 +202,13 @@ def _unknown(name: str, known: list[str]) -> str:
     """What to say of an option that nothing knows."""
     if name in ARGUMENTS:
         return f"'{name}' is no option but an argument of its own; pass it beside the options."
-    leaf = name.rpartition(".")[2]
+    group, _, leaf = name.rpartition(".")
+    if group == "codec" or (group in CODECS and group not in known):
+        example = "jpeg" if group == "codec" else group
+        return (
+            f"option '{name}' is unknown; what is set of a codec stands under its own name, beside "
+            f"codec='{example}'."
+        )
     near = nearest(name, [*known, *ARGUMENTS]).split(" Known:")[0]
     if near.startswith("Known"):
         same = [k for k in known if k.rpartition(".")[2] == leaf]
@@ -197,10 +230,10 @@ def make_settings(
         FastcilError: An unknown name, or a value of the wrong type or range.
         CompositionError: A codec beside an addon that brings its own.
     """
-    types = config_types([method])
+    codec = check_codec(method, codec)
+    types = config_types([method], [codec])
     nested = nest(options or {})
     check_keys(nested, types)
-    codec = check_codec(method, codec)
     # One spelling, whatever was typed: it names folders and is compared on resuming.
     name, addons = parse_composition(method)
     state_dict = _take_state_dict(nested)

@@ -10,13 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from fastcil.contract import Addon, Method, Retained, Task, lookup
-from fastcil.data import Augmentation
+from fastcil.data import Augmentation, ImageStore
 from fastcil.engine.context import EngineContext
 from fastcil.engine.options import Settings
 from fastcil.engine.resolve import make_augmentation, make_backbone_builder, settle
 from fastcil.engine.weights import starting_from
 from fastcil.errors import CompositionError, FastcilError
-from fastcil.memory import Budget, Codec, Memory, allowance, likely_room, make_codec
+from fastcil.memory import (
+    Budget,
+    Codec,
+    Memory,
+    allowance,
+    check_codec,
+    codec_overhead,
+    likely_room,
+    make_codec,
+)
 from fastcil.memory.limits import affordable
 
 _FINDERS = {"boxes": "'cam' or 'cim'", "maps": "'samc'"}
@@ -108,12 +117,16 @@ class Parts:
         """The method, then its addons: who hears of each task, in this order."""
         return [self.method, *self.addons]
 
-    def check(self) -> None:
+    def check(self, images: ImageStore) -> None:
         """Makes sure, before any training, that what is made as it goes can be made.
+
+        Args:
+            images: The data, or the first of them.
 
         Raises:
             FastcilError: The backbone can't be built or is none, or ``network.weights`` can't be
-                read or don't fit it; the codec's marks come from nowhere.
+                read or don't fit it; the codec's marks come from nowhere, or it can't encode the
+                images, or needs more than the budget.
         """
         backbone = self.context.make_backbone()
         if not hasattr(backbone, "out_channels"):
@@ -128,10 +141,12 @@ class Parts:
                 f"{codec.marks}; add an addon that finds them "
                 f"({_FINDERS[codec.marks]}), or leave codec out."
             )
+        check_codec(self.memory, images)
 
     def others(self) -> list[Retained]:
-        """What method and addons keep beside exemplars."""
-        return [entry for part in self.learners for entry in part.retained()]
+        """What codec, method and addons keep beside exemplars."""
+        parts = [entry for part in self.learners for entry in part.retained()]
+        return [*codec_overhead(self.memory), *parts]
 
     def other_nbytes(self) -> int:
         """Bytes that the budget must leave for what is kept beside exemplars."""
@@ -141,7 +156,11 @@ class Parts:
         """The task, told how much may be kept, and in images if the method chooses them itself.
 
         Asked at a boundary, when what is kept beside exemplars is that of those held.
+
+        Raises:
+            FastcilError: The codec can't encode the task's images, or needs more than the budget.
         """
+        check_codec(self.memory, task.examples.images, task.total)
         task = replace(task, allowance=allowance(self.memory.budget, task))
         if self.method.selection != "own":
             return task
@@ -173,12 +192,14 @@ class Parts:
         for part in self.learners:
             # torch's type stubs leave out the memory_format of Module.to.
             part.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.memory.codec.to(self.device)
 
     def state(self) -> dict[str, Any]:
         """Everything `restore` needs, and what `build` must be told again."""
         return {
             "size": self.augmentation.size,
             "crop": self.augmentation.crop,
+            "codec": self.memory.codec.state(),
             "memory": self.memory.state(),
             "learners": [
                 {"structure": part.structure(), "tensors": part.tensors()} for part in self.learners
@@ -198,6 +219,7 @@ class Parts:
             part.restore(saved["structure"])
             part.load_tensors(saved["tensors"])
         self._set_codec()
+        self.memory.codec.restore(state.get("codec", {}))
         self.memory.restore(state["memory"])
         self.to_device()
 
@@ -217,7 +239,7 @@ def _make_codec(settings: Settings, addons: list[Addon]) -> Codec[Any]:
     for addon in addons:
         if addon.brings_codec is not None:
             return make_codec(addon.brings_codec, **addon.codec_options())
-    return make_codec(settings.codec or "raw")
+    return settings.make_codec()
 
 
 def _check_refining(settings: Settings, addons: list[Addon], codec: Codec[Any]) -> None:

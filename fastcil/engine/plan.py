@@ -23,6 +23,7 @@ from fastcil.engine.scenario import Scenario, make_scenario
 from fastcil.engine.state import write_atomically
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget
+from fastcil.memory.checksum import checksum
 
 # Options that change how a run is watched or how fast it is, not what it computes, but for the
 # last bits of sums that are cut into as many parts as there are threads.
@@ -31,7 +32,11 @@ _FREE = ("progress", "tensorboard", "checkpoint_seconds", "threads", "scan_batch
 
 @dataclass
 class Plan:
-    """Everything that decides what a run computes."""
+    """Everything that decides what a run computes.
+
+    ``codec_checksum`` is that of the codec's weights, if it has some: another file may have come to
+    stand where they were read.
+    """
 
     settings: Settings
     dataset: Dataset
@@ -42,6 +47,7 @@ class Plan:
     data_name: str
     backbone: Callable[[], torch.nn.Module] | None = None
     preset: str | None = None
+    codec_checksum: str | None = None
 
     def config(self) -> dict[str, Any]:
         """As `config.yaml` holds it."""
@@ -65,6 +71,8 @@ class Plan:
             config.pop(name, None)
         config["images"] = fingerprint(self.dataset)
         config["tasks"] = _stream_fingerprint(self.scenario)
+        if self.codec_checksum is not None:
+            config["codec_checksum"] = self.codec_checksum
         if self.backbone is not None:
             config["backbone"] = getattr(
                 self.backbone, "__qualname__", type(self.backbone).__name__
@@ -122,7 +130,9 @@ def make_plan(
     dataset = load(data, skip_bad=groups["load"].skip_bad, download=groups["load"].download)
     stream = make_scenario(scenario, dataset, settings.engine.order_seed)
     size, crop = natural_look(dataset.train.images, groups["augment"])
-    Parts.build(settings, budget, place, size, crop, backbone).check()
+    parts = Parts.build(settings, budget, place, size, crop, backbone)
+    parts.check(dataset.train.images)
+    codec_state = parts.memory.codec.state()
     return Plan(
         settings,
         dataset,
@@ -133,6 +143,7 @@ def make_plan(
         str(data) if isinstance(data, (str, Path)) else dataset.name,
         backbone,
         preset,
+        checksum(codec_state)[:16] if codec_state else None,
     )
 
 

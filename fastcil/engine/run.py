@@ -60,7 +60,8 @@ def train(
             classes in each task: ``data-N``; each with ``-online`` behind it to see every image
             once (see `fastcil.engine.scenario.split_classes`); or a `Scenario`.
         memory: ``"64MiB"``, ``"2000 images"`` (default), ``"20 images/class"`` or a `Budget`.
-        codec: How exemplars are stored, if no addon says.
+        codec: How exemplars are stored, if no addon says; what can be set of it are options under
+            its name: ``codec="jpeg", **{"jpeg.quality": 50}``.
         seeds: One run each; figures are means over them.
         device: ``auto``, ``cpu``, ``cuda``.
         run_dir: Where to keep config, log, checkpoints, result and report. A run that was

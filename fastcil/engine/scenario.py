@@ -36,7 +36,7 @@ class Scenario:
 
     The type carries more than class-incremental streams: arrivals that name the same classes
     again are data-incremental, arrivals with a few ``images`` each are few-shot, ``task_aware``
-    streams are scored within each task's classes, and of ``online`` ones every image is seen once.
+    streams are scored within each task's classes, and ``online`` ones pass by once.
 
     A class belongs to the task in which it first arrives; the accuracy matrix's columns are those
     tasks. A ``task_aware`` stream lets every class arrive once, so that an image has one task.
@@ -47,8 +47,8 @@ class Scenario:
         task_aware: Whether the task's identity is known when predicting: each test image's
             scores are then compared only among the classes of its own task, in every readout.
             Training does not change.
-        online: Whether each image is seen once: every stage that trains on a task's new images
-            passes over them once, in one shuffle, whatever its recipe's length (see
+        online: Whether every stage that trains on a task's new images passes over them once, in
+            one shuffle, whatever its recipe's length (see
             `fastcil.engine.online.see_once`).
     """
 
@@ -80,7 +80,7 @@ def class_order(classes: int, seed: int | None) -> list[int]:
 
 
 def without_online(text: str) -> str:
-    """A scenario's name without the ``-online`` that makes of any stream one that is seen once.
+    """A scenario's name without the ``-online`` that lets any stream pass by once.
 
     Example:
         >>> without_online("task-20-online"), without_online("lfs-5")
@@ -101,8 +101,8 @@ def split_classes(text: str, classes: int) -> list[int]:
     - ``data-N``: data-incremental: all classes in the first of N tasks, which come again in the
       others with images of their own (see `split_images`).
 
-    Behind each may stand ``-online``, as in ``task-20-online``: the same tasks, whose images are
-    seen once (`Scenario.online`).
+    Behind each may stand ``-online``, as in ``task-20-online``: the same tasks, over whose
+    images stages pass once (`Scenario.online`).
 
     Raises:
         FastcilError: The name is none of these, or asks for more tasks than there are classes.
@@ -135,7 +135,7 @@ def split_classes(text: str, classes: int) -> list[int]:
     else:
         raise FastcilError(
             f"scenario is '{text}'; use 'lfs-N', 'lfh-N', 'bA-incB', 'task-N' or 'data-N', as in "
-            f"'lfs-5' or 'b50-inc10', and '-online' behind it to see each image once."
+            f"'lfs-5' or 'b50-inc10', and '-online' behind it to pass over each task's images once."
         )
     if not sizes:
         raise FastcilError(

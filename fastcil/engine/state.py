@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fastcil.contract.files import write_atomically as write_atomically
 from fastcil.errors import FastcilError
 
 _TENSOR = "__tensor__"
@@ -57,27 +58,6 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value.keys() == {_ITEMS}:
         return {k: _unflatten(v, tensors) for k, v in value[_ITEMS]}
     return {k: _unflatten(v, tensors) for k, v in value.items()}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a kill at any moment, sees the old one or the new one.
-
-    Raises:
-        FastcilError: The file can't be written.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        raise FastcilError(f"'{path}' can't be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
 
 
 @contextmanager

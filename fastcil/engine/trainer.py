@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcil.contract import Losses, Method, Stage
+from fastcil.contract import Losses, Stage
 from fastcil.data import Augmentation
 from fastcil.engine.events import Listener
 from fastcil.engine.loader import Loader
@@ -129,7 +129,8 @@ class Trainer:
     """Trains one task's stages, from any point of them.
 
     Args:
-        method: Put in training mode as each stage begins.
+        method: What the stages train, a `Method` or another module; put in training mode as each
+            stage begins.
         augmentation: How training images are cut and changed.
         device: Where batches go.
         key: Non-negative numbers that set this task's draws apart: data seed, task.
@@ -142,7 +143,7 @@ class Trainer:
 
     def __init__(
         self,
-        method: Method,
+        method: nn.Module,
         augmentation: Augmentation,
         device: torch.device,
         key: tuple[int, ...],

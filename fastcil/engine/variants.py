@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from fastcil.contract import lookup, parse_composition
+from fastcil.contract.registry import CODECS
 from fastcil.engine.options import check_codec, check_keys, config_types, flatten, nest
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget
@@ -55,14 +56,17 @@ class Variant:
         )
         return None if brings else shared
 
-    def options_over(self, shared: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
+    def options_over(
+        self, shared: Mapping[str, Any], groups: Mapping[str, Any], codec: str | None = None
+    ) -> dict[str, Any]:
         """The shared options that concern it, with its own on top, nested.
 
         Args:
             shared: Nested.
             groups: Option groups that concern every method.
+            codec: What `codec_beside` said.
         """
-        mine = {k: v for k, v in shared.items() if k in groups or k in self.parts}
+        mine = {k: v for k, v in shared.items() if k in groups or k in (*self.parts, codec)}
         return nest({**flatten(mine), **flatten(self.options)})
 
 
@@ -122,7 +126,9 @@ def _variant(label: str, own: Any) -> Variant:
         label = method
     _check_label(label)
     nested = nest(options)
-    check_keys(nested, config_types([method]))
+    # The comparison's codec may be its own too: which, is seen when both are put together.
+    codecs = [codec] if codec is not None else [name for name in nested if name in CODECS]
+    check_keys(nested, config_types([method], codecs))
     budget = None if memory is None else Budget.parse(memory)
     return Variant(label, method, check_codec(method, codec), nested, budget)
 

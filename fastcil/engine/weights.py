@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -14,18 +13,13 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastcil.contract.files import read_tensors, write_tensors
 from fastcil.engine.groups import NetworkOptions
-from fastcil.engine.state import write_atomically
 from fastcil.errors import FastcilError
 
-DESCRIPTION = "fastcil"
 _NAMED = "state_dict:"
-# What other libraries end a file with that unpickling reads.
-_PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle", ".tar")
 # A step count that batch norms of ours never use, and old files lack.
 _COUNTER = "num_batches_tracked"
 _CLASSIFIERS = ("fc", "head")
@@ -108,9 +102,7 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], description: Mapping
     Raises:
         FastcilError: The file can't be written.
     """
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    # One key alone: safetensors writes several in any order.
-    write_atomically(path, save(plain, metadata={DESCRIPTION: json.dumps(description)}))
+    write_tensors(path, tensors, description)
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,27 +111,7 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         FastcilError: No such file, one that holds a pickle, or a damaged one.
     """
-    file = Path(path).expanduser()
-    if file.suffix in _PICKLES:
-        raise FastcilError(
-            f"network.weights is '{path}', a kind of file that can run code when it is loaded, "
-            f"which fastcil never does; load it yourself and pass the state_dict in Python, or "
-            f"save that as safetensors."
-        )
-    if not file.is_file():
-        raise FastcilError(
-            f"network.weights is '{path}', which is no file; give the path of a safetensors file."
-        )
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        description = json.loads(metadata.get(DESCRIPTION, "{}"))
-    except Exception as error:
-        raise FastcilError(
-            f"network.weights is '{path}', which can't be read as safetensors ({error})."
-        ) from error
-    return tensors, description if isinstance(description, dict) else {}
+    return read_tensors(path, "network.weights")
 
 
 @dataclass

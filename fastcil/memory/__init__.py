@@ -2,7 +2,9 @@
 
 from fastcil.memory.budget import Budget
 from fastcil.memory.codecs import ByteStore, Codec, Encoded, make_codec
+from fastcil.memory.codecs.settings import codec_settings
 from fastcil.memory.memory import Memory
+from fastcil.memory.overhead import check_codec, codec_overhead
 from fastcil.memory.room import allowance, likely_room
 from fastcil.memory.selection import SELECTIONS, herding, random_order
 
@@ -14,6 +16,9 @@ __all__ = [
     "Encoded",
     "Memory",
     "allowance",
+    "check_codec",
+    "codec_overhead",
+    "codec_settings",
     "herding",
     "likely_room",
     "make_codec",

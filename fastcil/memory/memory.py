@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ from fastcil.contract import Retained, Task, nearest
 from fastcil.data import Examples, ImageStore
 from fastcil.errors import FastcilError
 from fastcil.memory.budget import Budget
+from fastcil.memory.checksum import checksum
 from fastcil.memory.codecs import Codec, Encoded, make_codec
 from fastcil.memory.limits import (
     affordable,
@@ -104,14 +104,14 @@ class Memory:
 
     @property
     def working_nbytes(self) -> int:
-        """Bytes of the images that `examples` decoded, where they are not what is held itself."""
-        if self._decoded is None or self._decoded is self._images:
-            return 0
-        return self._decoded.nbytes
+        """Bytes of decoded images, where they aren't what is held, and of the codec's networks."""
+        decoded = None if self._decoded is self._images else self._decoded
+        return (0 if decoded is None else decoded.nbytes) + self.codec.working_nbytes
 
     def release(self) -> None:
-        """Lets go of decoded images, until they are asked for again."""
+        """Lets go of decoded images and of the codec's networks, until they are needed again."""
         self._decoded = None
+        self.codec.release()
 
     @property
     def units(self) -> float:
@@ -128,6 +128,10 @@ class Memory:
         if self._decoded is None:
             self._decoded = self.codec.decode(self._images)
         return Examples(self._decoded, self._labels.long())
+
+    def faithful(self, place: int) -> Tensor | None:
+        """Where an exemplar is the image itself, bool [H W]; None where no pixel is better."""
+        return self.codec.faithful(self._images.select([place]))
 
     def exemplar_nbytes(self) -> Tensor:
         """What each exemplar costs in bytes, in the order of `examples`, int64 [N]."""
@@ -165,11 +169,15 @@ class Memory:
     def use(self, codec: Codec[Any]) -> None:
         """Encodes by ``codec`` from now on: the codec there is, with other settings.
 
-        What is held stays as it is. A memory that keeps everything goes on keeping it raw.
+        What is held stays, as far as the codec goes on with it. A memory that keeps everything
+        goes on keeping it raw.
         """
         if self.keeps != "everything":
+            kept = codec.succeed(self.codec, self._images).to(self.device)
             self.codec = codec
             self.release()
+            if not bool(kept.all()):
+                self._set(self._images.select(kept), self._labels[kept])
 
     def checksum(self) -> str:
         """SHA-256 over all buffers: equal on every rank, and after a resume.
@@ -178,12 +186,7 @@ class Memory:
             >>> Memory("none").checksum() == Memory("unlimited", codec="bbox").checksum()
             True
         """
-        digest = hashlib.sha256()
-        for name, buffer in sorted(self.state().items()):
-            digest.update(f"{name} {buffer.dtype} {list(buffer.shape)};".encode())
-            flat = buffer.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return checksum(self.state())
 
     def update(
         self,
@@ -197,11 +200,10 @@ class Memory:
     ) -> None:
         """Makes room for a task's classes and keeps exemplars of them.
 
-        Every class known may cost the budget's quota. An old class keeps its longest prefix that
-        costs no more. Of a class in ``task`` all images are encoded and put in the order of
-        selection, and picks are kept up to the first that would exceed the quota, even if a later
-        one would fit (as in CIM, Luo et al. 2023). A class that was known before and comes again
-        is selected anew from its exemplars and the new images.
+        Every class may cost the budget's quota. An old one keeps its longest prefix within it. Of
+        a class in ``task`` all images are encoded and put in the order of selection, and picks are
+        kept up to the first that would exceed the quota, even if a later one would fit (as in CIM,
+        Luo et al. 2023). A class that comes again is selected anew from exemplars and new images.
 
         Args:
             task: The new data, and how many classes are known.
@@ -243,6 +245,7 @@ class Memory:
             if len(order) and not len(prefix):
                 too_dear.append(float(cost[0]))
             images = candidates.select(prefix.to(candidates.device)).to(self.device)
+            self.codec.verify(images)
             kept.append((images, torch.full((len(images),), label, dtype=torch.int32)))
         check_fit([images for images, _ in kept], self.codec, self.budget, task.total, other_nbytes)
         self._hold(kept)
@@ -283,6 +286,7 @@ class Memory:
                 "images must be as many as index, each of the height and width of its exemplar."
             )
         encoded = self.codec.encode(images, None).to(self.device)
+        self.codec.verify(encoded)
         both = self.codec.store.cat([self._images, encoded])
         place = torch.arange(len(self))
         place[index] = torch.arange(len(self), len(both))
@@ -312,6 +316,7 @@ class Memory:
             task.examples.images.select(fresh.to(task.examples.images.device)),
             None if marks is None else marks[fresh.to(marks.device)],
         )
+        self.codec.verify(encoded)
         held = self._images.select(again.to(self.device))
         images = self.codec.store.cat([encoded.to(self.device), held])
         place = old.int().argsort(stable=True).argsort()  # where each pick stands in `images`
@@ -340,9 +345,7 @@ class Memory:
         mine = None if marks is None else marks[chosen.to(marks.device)]
         encoded: Encoded = self.codec.encode(images, mine)
         held = self._images.select((self._labels == label).nonzero().flatten())
-        if not len(held):
-            return encoded
-        return self.codec.store.cat([held.to(encoded.device), encoded])
+        return self.codec.store.cat([held.to(encoded.device), encoded]) if len(held) else encoded
 
     def _order(
         self,

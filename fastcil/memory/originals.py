@@ -10,17 +10,21 @@ from fastcil.data import Examples
 _COMPARED = 8192
 
 
-def find_original(examples: Examples, label: int, exemplar: Tensor) -> int | None:
+def find_original(
+    examples: Examples, label: int, exemplar: Tensor, faithful: Tensor | None = None
+) -> int | None:
     """The image of a class that an exemplar shows.
 
     It is, among the images of its class and size, the one whose pixels differ least from what is
-    remembered, whatever the codec; images of more than 2730 pixels are compared at 8192 evenly
-    spaced values. An exemplar that is smaller than all of them was shrunk to the nearest pixel.
+    remembered, whatever the codec; more than 8192 values are compared at as many, evenly spaced.
+    An exemplar that is smaller than all of them was shrunk to the nearest pixel.
 
     Args:
         examples: A task's images.
         label: The exemplar's class.
         exemplar: What is remembered, uint8 [H, W, 3].
+        faithful: Where that is the image itself, bool [H, W], as `Codec.faithful` says; None to
+            compare all pixels.
 
     Returns:
         Its position; None if no image of its class is as large.
@@ -40,14 +44,17 @@ def find_original(examples: Examples, label: int, exemplar: Tensor) -> int | Non
     candidates = (alike if bool(alike.any()) else larger).nonzero().flatten()
     if not len(candidates):
         return None
-    flat = exemplar.reshape(-1)
-    count = min(len(flat), _COMPARED)
-    places = torch.linspace(0, len(flat) - 1, count, dtype=torch.float64).long()
+    flat = exemplar.reshape(-1).cpu()
+    looked_at = torch.arange(len(flat))
+    if faithful is not None:
+        looked_at = looked_at[faithful.reshape(-1, 1).expand(-1, 3).reshape(-1).cpu()]
+    count = min(len(looked_at), _COMPARED)
+    places = looked_at[torch.linspace(0, len(looked_at) - 1, count, dtype=torch.float64).long()]
     pixel, channel = places.to(images.device).div(3, rounding_mode="floor"), places % 3
     row, column = pixel.div(size[1], rounding_mode="floor"), pixel % size[1]
     height, width = sizes[candidates, None].unbind(2)  # [candidates, 1]
     begin = (row * height // size[0]) * width + column * width // size[1]
     begin = images.offsets[candidates, None] + 3 * begin
     nearby = images.pixels[begin + channel.to(images.device)]
-    differences = (nearby.cpu().int() - flat.cpu()[places].int()).abs().sum(1)  # [candidates]
+    differences = (nearby.cpu().int() - flat[places].int()).abs().sum(1)  # [candidates]
     return int(candidates[int(differences.argmin())])

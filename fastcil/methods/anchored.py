@@ -157,7 +157,7 @@ class Anchored(Method):
         new = self.curvature()
         scan = scan_of(self.context, self.network, self.looked_at(task), new.of_batches)
         with _outputs_among(self.network, self.own(task)):
-            new.measure(scan, draws(task.index))
+            new.measure(scan, draws(task.index, torch.initial_seed()))
         old = None
         if len(self.kept):
             old = self.curvature()

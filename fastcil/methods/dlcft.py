@@ -285,7 +285,8 @@ class DLCFT(Method):
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and merges it with those before."""
         new, tasks = self._curvature(), task.index + 1
-        new.measure(scan_of(self.context, self, task.examples), draws(task.index))
+        drawn = draws(task.index, torch.initial_seed())
+        new.measure(scan_of(self.context, self, task.examples), drawn)
         if len(self.kept):
             old = self._curvature()
             old.load_tensors(kept_curvature(self.kept))

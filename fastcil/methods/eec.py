@@ -214,7 +214,8 @@ class EEC(Method):
             narrower = f", or set eec.width below {width}" if width > 4 else ""
             raise FastcilError(
                 f"memory allows {task.allowance:.0f} bytes, but EEC's decoder and a code of each "
-                f"of {task.total} classes take {least}; give it at least {least} bytes{narrower}."
+                f"of {task.total} classes take {least}; give it at least {least} bytes, and more "
+                f"for classes still to come{narrower}."
             )
 
     def _least(self, task: Task, decoders: int) -> int:
@@ -264,6 +265,7 @@ class EEC(Method):
                     parameters=autoencoder.parameters,
                     begin=lambda: self.network.freeze(0),
                     finish=partial(self._keep, task),
+                    behind=True,
                 )
             )
         return stages
@@ -300,16 +302,16 @@ class EEC(Method):
         return self._made
 
     def _regenerate(
-        self, rows: Tensor, device: torch.device | str = "cpu", per_class: int = 0
+        self, rows: Tensor, device: torch.device | str = "cpu", per_class: int | None = None
     ) -> Regenerated:
-        """Images of some rows of what is kept."""
+        """Images of some rows of what is kept, as many of a class as the config says."""
         return regenerate(
             self.episodes,
             rows,
             self.config.width,
             self.context.augmentation,
             seed=int(self.seed),
-            per_class=per_class or self.config.per_class,
+            per_class=self.config.per_class if per_class is None else per_class,
             device=device,
         )
 
@@ -343,6 +345,9 @@ class EEC(Method):
     def _sources(self, task: Task, alone: bool) -> dict[Group, Rows | Examples]:
         """What the task's classes are encoded from, and the old ones where they are kept anew."""
         episodes, made = self.episodes, self._regenerated(task)
+        if alone and self.config.per_class:
+            # What is not encoded anew is lost, however few images a task may train on.
+            made = self._regenerate(torch.arange(len(episodes)), per_class=0)
         sources: dict[Group, Rows | Examples] = {}
         for label, born in episodes.groups():
             if alone:

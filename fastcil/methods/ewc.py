@@ -144,7 +144,7 @@ def _some(task: Task, images: int) -> Examples:
     count = len(task.examples)
     if not 0 < images < count:
         return task.examples
-    order = torch.randperm(count, generator=draws(task.index))
+    order = torch.randperm(count, generator=draws(task.index, torch.initial_seed()))
     return task.examples.select(order[:images])
 
 

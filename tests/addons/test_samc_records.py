@@ -50,17 +50,20 @@ def test_records_of_a_run():
     assert pictures_title.endswith("task 3") and len(shown["images"]) == 4
     assert all("original, saliency, stored" in caption for caption in shown["captions"])
     share = records["Of an exemplar's raw bytes, mu = 0.5"].payload
-    assert share["x"] == [0, 1, 2]
+    assert share["x"] == [1, 2, 3]
     for kept, runs, smallest in zip(
         *(share["y"][n] for n in ("pixels kept", "with their mask: runs")),
         share["y"]["with their mask: smallest"],
         strict=True,
     ):
         assert 0 < kept < smallest <= runs < 1
+    holes = records["Dropped pixels"].payload["y"]
+    assert all(0 < error < 1 for curve in holes.values() for error in curve)
+    assert holes["by the rule"] != holes["completed"]
     held = records["Images of a class, pixels dropped"].payload["y"]["exemplars of a class"]
     assert held[-1] == len(learner.memory) / 6 > 2
     table = records[next(t for t in records if t.startswith("Lemma 4.2, with"))].payload
-    assert [row[0] for row in table["rows"]] == [0, 1, 2]
+    assert [row[0] for row in table["rows"]] == [1, 2, 3]
     assert "originals of exemplars" not in learner.nbytes()
 
 

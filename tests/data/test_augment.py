@@ -7,10 +7,12 @@ import random
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
+from fastcil.data import ImageStore, read_batch
 from fastcil.data.augment import Augmentation
 from fastcil.data.autoaugment import draw
 from fastcil.ops import pixel_ops
@@ -353,3 +355,46 @@ def test_wrong_arguments_are_named() -> None:
         augmentation.normalise(images, torch.float64)
     with pytest.raises(ValueError, match="images"):
         augmentation.normalise(images.float())
+
+
+def test_windows_are_uniform_squares_of_the_own_resolution() -> None:
+    count = 8000
+    crops, _ = Augmentation(32, crop="window").draw(sizes(36, 33, count), seeded(31))
+    assert torch.equal(crops[:, 2:] - crops[:, :2], torch.full((count, 2), 32.0))
+    for start, places in ((crops[:, 0], 5), (crops[:, 1], 2)):
+        values, counts = start.unique(return_counts=True)
+        assert values.tolist() == list(range(places))
+        noise = 5 * math.sqrt((1 - 1 / places) / places / count)
+        assert (counts / count - 1 / places).abs().max() <= noise
+
+
+def test_windows_read_as_a_naive_crop_and_small_images_are_enlarged() -> None:
+    rng = np.random.default_rng(7)
+    pictures = [
+        rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((40, 51), (32, 32), (20, 27))
+    ]
+    store = ImageStore.from_images(pictures)
+    augmentation = Augmentation(
+        32, crop="window", brightness=0.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    )
+    which = torch.arange(3).repeat(20)
+    crops, flips = augmentation.draw(store.sizes[which], seeded(32))
+    got = read_batch([store], torch.zeros_like(which), which, augmentation, crops, flips)
+    for image, k, crop, flip in zip(got, which.tolist(), crops.int().tolist(), flips, strict=True):
+        y0, x0, y1, x1 = crop
+        height, width = pictures[k].shape[:2]
+        assert y0 >= 0 and x0 >= 0 and y1 <= height and x1 <= width
+        assert y1 - y0 == x1 - x0 == min(32, height, width)
+        window = pictures[k][y0:y1, x0:x1]
+        if k == 2:
+            window = cv2.resize(window, (32, 32), interpolation=cv2.INTER_LINEAR)
+        window = window[:, ::-1] if flip else window
+        error = np.abs(image.permute(1, 2, 0).numpy() * 255 - window)
+        # OpenCV interpolates with weights of 11 bits.
+        assert error.max() < (1.01 if k == 2 else 1e-4)
+
+
+def test_the_test_window_is_the_middle() -> None:
+    shape = torch.tensor([[40, 50], [20, 31], [32, 32]])
+    crops = Augmentation(32, crop="window").centre(shape)
+    assert crops.tolist() == [[4, 9, 36, 41], [0, 6, 20, 26], [0, 0, 32, 32]]

@@ -9,6 +9,7 @@ from fastcil.data import Examples, ImageStore
 from fastcil.engine.gallery import _scale, exemplar_gallery
 from fastcil.memory import Memory, make_codec
 from fastcil.memory.codecs.raw import RawCodec
+from fastcil.memory.originals import find_original
 
 AMBER = (255, 190, 0)
 NAMES = tuple(f"class {k}" for k in range(30))
@@ -187,3 +188,24 @@ def test_exemplars_that_the_codec_shrank_stand_beside_their_originals():
 def picture(store, k):
     """An image as the gallery scales it."""
     return _scale(store.image(k).numpy())
+
+
+def test_a_sparse_exemplar_is_paired_by_the_pixels_it_keeps():
+    """Of two images of a class the one that was stored, though what fills it is like the other."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+    codec = make_codec("sparse", threshold=0.5, rule="zero")
+    images[1, 4:] = 0  # black, as dropped pixels are
+    store = ImageStore.from_batch(torch.from_numpy(images))
+    maps = torch.zeros(2, 8, 8)
+    maps[:, 3:5, 3:5] = 1.0
+    new = Examples(store, torch.tensor([0, 0]))
+    task = Task(0, (0,), 0, new, new.select([]), "task 1")
+    memory = Memory("1 images", codec, selection="random")
+    memory.update(task, embed=lambda e: torch.ones(len(e), 1), marks=maps)
+    held = memory.examples().images
+    for place in range(len(held)):
+        kept = memory.faithful(place).view(16, 16)
+        found = find_original(new, 0, held.image(place), memory.faithful(place))
+        assert torch.equal(held.image(place)[kept], store.image(found)[kept])
+    assert {find_original(new, 0, held.image(p), memory.faithful(p)) for p in range(2)} == {0, 1}

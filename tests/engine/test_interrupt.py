@@ -23,6 +23,7 @@ COMPOSITIONS = [
     "darkpp+cam",
     "icarl+mnemonics",
     "er+samc",
+    "gem+samc",
     "der+cim",
     "podnet+cim",
     "icarl+aanets",

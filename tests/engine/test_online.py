@@ -128,7 +128,8 @@ def test_every_image_is_seen_once_in_a_shuffle(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "method", ["lwf", "eeil", "foster", "der+cim", "dlcft", "dark", "gem+samc"]
+    "method",
+    ["lwf", "icarl", "eeil", "foster", "der+cim", "icarl+mnemonics", "dlcft", "dark", "gem+samc"],
 )
 @pytest.mark.parametrize("scenario", ["lfs-2-online", "data-2-online"])
 def test_no_stage_of_any_method_passes_twice(
@@ -138,7 +139,7 @@ def test_no_stage_of_any_method_passes_twice(
     begin = Trainer.run
 
     def look(trainer: Trainer, stages: Any, *arguments: Any) -> None:
-        epochs.extend(stage.recipe.epochs for stage in stages)
+        epochs.extend(stage.recipe.epochs for stage in stages if not stage.behind)
         begin(trainer, stages, *arguments)
 
     monkeypatch.setattr(Trainer, "run", look)

@@ -113,7 +113,7 @@ def test_killed_three_times_ends_in_the_same_bits(
     assert left == {"events.jsonl", "learner.safetensors", "result.json"}
 
 
-@pytest.mark.parametrize("method", ["dlcft", "darkpp"])
+@pytest.mark.parametrize("method", ["dlcft", "darkpp", "gem+samc"])
 def test_killed_in_the_second_task(method: str, tmp_path: Path, assert_same) -> None:
     """What is kept of the first, curvature or logits, and what the later tasks make of it."""
     FORKS.set_forkserver_preload(IMPORTS)

@@ -298,7 +298,10 @@ def test_curvature_is_that_of_the_tasks_own_head(lab, cls, options):
         twin.network.head.bias.copy_(method.network.head.bias[2:5])
     alone = Examples(second.examples.images, second.examples.labels - 2)
     expected = twin.curvature()
-    expected.measure(scan_of(lab.context, twin.network, alone, expected.of_batches), draws(1))
+    expected.measure(
+        scan_of(lab.context, twin.network, alone, expected.of_batches),
+        draws(1, torch.initial_seed()),
+    )
     torch.testing.assert_close(measured, [Penalty(expected)(step)], rtol=1e-4, atol=1e-6)
     assert measured[0] > 1e-3
 
@@ -309,7 +312,7 @@ def test_fisher_information_of_a_few_images(lab, cls):
     method = make(lab, cls, per="batch", images=10, head="task")
     (task,) = lab.make_tasks((3,))
     lab.learn(method, task)
-    chosen = torch.randperm(36, generator=draws(0))[:10]
+    chosen = torch.randperm(36, generator=draws(0, torch.initial_seed()))[:10]
     method.eval()
     logits = method.network(lab.read(task.examples, chosen.tolist()))
     loss = functional.cross_entropy(logits, task.examples.labels[chosen])

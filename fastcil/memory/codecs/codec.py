@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fastcil.contract import lookup, nearest
+from fastcil.contract import Retained, lookup, nearest
 from fastcil.data import ImageStore
 from fastcil.errors import FastcilError
 
@@ -75,7 +75,8 @@ class Codec(ABC, Generic[E]):
     """Encodes images into what memory keeps and makes that readable again.
 
     A codec is one file and one test, and a line in `fastcil.contract.registry`; its settings are
-    keyword arguments of its constructor. What it encodes into is its ``store``: an `ImageStore`
+    keyword arguments of its constructor, and those that are plain values are options of a run
+    (`fastcil.memory.codecs.settings`). What it encodes into is its ``store``: an `ImageStore`
     if the reader takes it as it is, else a `ByteStore` or a class of its own.
 
     One that keeps some of an image better than the rest is told by its ``marks`` what matters,
@@ -103,6 +104,15 @@ class Codec(ABC, Generic[E]):
         """
         return cast(ImageStore, encoded)
 
+    def faithful(self, encoded: E) -> Tensor | None:
+        """Where what is remembered is the image itself, whatever is made of the rest.
+
+        Returns:
+            bool [sum of H W], row-major, image after image; None where no pixel is better than
+            another.
+        """
+        return None
+
     @abstractmethod
     def units(self, encoded: E) -> Tensor:
         """What each exemplar costs in the papers' images, float64 [N]; a raw image costs 1."""
@@ -115,12 +125,49 @@ class Codec(ABC, Generic[E]):
         """
         return encoded.image_nbytes() + _LABEL_NBYTES
 
+    def check(self, images: ImageStore) -> None:
+        """Raises, before anything is trained, unless it can encode these images."""
+
+    def verify(self, encoded: E) -> None:
+        """Raises unless this can be decoded; asked of new exemplars before images are given up."""
+
+    def retained(self) -> list[Retained]:
+        """What reading exemplars needs beside them, such as a network's weights."""
+        return []
+
+    def state(self) -> dict[str, Tensor]:
+        """What it has beside its settings, which a saved memory needs to go on."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes back what ``state`` gave."""
+
+    def succeed(self, before: Codec[Any], held: E) -> Tensor:
+        """Which exemplars it goes on with where it takes the place of another codec, bool [N].
+
+        Args:
+            before: The codec that encoded them.
+            held: All exemplars of a memory.
+        """
+        return torch.ones(len(held), dtype=torch.bool)
+
+    def to(self, device: torch.device | str) -> None:
+        """Where its networks, if it has some, are to compute; images stay where they are."""
+
+    def release(self) -> None:
+        """Lets go of what can be made anew."""
+
+    @property
+    def working_nbytes(self) -> int:
+        """Bytes of what can be made anew, decoded images aside."""
+        return 0
+
 
 def make_codec(name: str, **options: Any) -> Codec[Any]:
     """A codec by its registered name.
 
     Args:
-        name: ``raw``, ``bbox``, ``jpeg``, ``sparse``, or one registered by the user.
+        name: ``raw``, ``bbox``, ``jpeg``, ``sparse``, ``learned``, or one registered by the user.
         **options: The codec's own settings.
 
     Raises:

@@ -103,6 +103,10 @@ class SparseCodec(Codec[SparseStore]):
             )
         return refined
 
+    def faithful(self, encoded: SparseStore) -> Tensor:
+        """The pixels kept."""
+        return encoded.masks()
+
     def units(self, encoded: SparseStore) -> Tensor:
         """Share of the pixels that is kept, float64 [N] (Bai et al. 2023, Sec. 4.4, App. H).
 
