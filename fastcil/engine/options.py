@@ -8,7 +8,8 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from fastcil.contract import (
     lookup,
@@ -22,6 +23,9 @@ from fastcil.engine.groups import GROUPS, EngineOptions
 from fastcil.engine.weights import StateDict, as_option
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import Codec, codec_settings, make_codec
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 # What `fastcil.train` and `compare` take beside options.
 ARGUMENTS = (
@@ -251,22 +255,34 @@ def _take_state_dict(nested: dict[str, Any]) -> StateDict | None:
 
 
 def build_groups(nested: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
-    """Dataclasses from plain values, converted and checked by jsonargparse."""
-    from jsonargparse import ArgumentParser
+    """Dataclasses from plain values; what is left out has its default."""
+    return {
+        name: _build(name, cls, nested[name]) if nested.get(name) else cls()
+        for name, cls in types.items()
+    }
 
+
+def _build(name: str, cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from plain values, converted and checked by jsonargparse."""
     # It takes a dash in a name for an underscore.
-    plain = {name: name.replace("-", "_") for name in types}
-    parser = ArgumentParser(exit_on_error=False)
-    for name, cls in types.items():
-        parser.add_argument(f"--{plain[name]}", type=cls, default=cls())
+    plain = name.replace("-", "_")
     try:
-        parsed = parser.parse_object({plain[k]: dict(v) for k, v in nested.items()})
-        made = parser.instantiate(parsed)
+        parser = _parser(plain, cls)
+        return parser.instantiate(parser.parse_object({plain: dict(values)}))[plain]
     except FastcilError:
         raise
     except Exception as error:
         raise FastcilError(explain(error)) from error
-    return {name: made[plain[name]] for name in types}
+
+
+@lru_cache(maxsize=64)
+def _parser(name: str, cls: type) -> ArgumentParser:
+    """What reads a dataclass; to make one takes as long as a small task."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{name}", type=cls, default=cls())
+    return parser
 
 
 def explain(error: Exception) -> str:

@@ -98,7 +98,7 @@ def test_stopped_again_and_again_ends_in_the_same_bits(
     whole = run(method, tmp_path / "whole", **{"engine.checkpoint_seconds": 1e9})
     total, interruptions.steps = interruptions.steps, 0
     # Every sitting does a few steps, so that each stage of each task is stopped in its middle.
-    share, stops = max(3, total // 7), 0
+    share, stops = max(3, total // 5), 0
     interruptions.stop_after = share
     while True:
         try:

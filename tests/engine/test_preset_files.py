@@ -103,7 +103,9 @@ def test_the_samc_papers_protocol(name: str) -> None:
     raw = re.search(r"-(\d+)(-[a-z]|$)", name)
     assert budget.growing and budget.amount * sizes[0] == int(raw[1])  # type: ignore[index]
     check_parts(preset)
-    for method in ("finetune", "ewc", "lwf", "icarl", "gem", "er", "mer", "ebm", "eec", "gem+samc"):
+    # Runs of a data set differ in memory and in what samc does.
+    others = ("finetune", "ewc", "lwf", "icarl", "gem", "er", "mer", "ebm", "eec")
+    for method in (*(others if name.endswith("-10") else ()), "gem+samc"):
         settings = make_settings(method, preset.options_for([method]))
         config, key = settings.groups[method.partition("+")[0]], name.split("-")[0].split("/")[1]
         assert config == lookup("method", method.partition("+")[0]).PRESETS[f"samc-{key}"]

@@ -20,7 +20,6 @@ from fastcil.engine.state import load_state
 OPTIONS = [
     "--data=scenes:classes=6,size=32,train_per_class=12,test_per_class=4",
     "--scenario=lfs-3",
-    "--memory=24KiB",
     "--network.name=resnet20",
     "--network.width=4",
     "--engine.epoch_scale=0.01",
@@ -35,7 +34,10 @@ IMPORTS = ["fastcil.cli", "fastcil.engine.arguments", "fastcil.engine.run", "tor
 
 
 def command(run_dir: Path, method: str = "foster+cim") -> list[str]:
-    return ["train", f"--method={method}", *OPTIONS, f"--run_dir={run_dir}"]
+    # Memory must have room for the autoencoder of samc.
+    memory = "120KiB" if method.endswith("samc") else "24KiB"
+    given = ["train", f"--method={method}", f"--memory={memory}", *OPTIONS]
+    return [*given, f"--run_dir={run_dir}"]
 
 
 def kill_after(run_dir: Path, events: int, seconds: float) -> bool:
@@ -58,15 +60,18 @@ def kill_in_second_task(run_dir: Path, method: str, seconds: float) -> bool:
     log = run_dir / "seed-0" / "events.jsonl"
     process = FORKS.Process(target=main, args=(command(run_dir, method),))
     process.start()
-    while process.is_alive() and (
-        not log.is_file() or log.read_text().count('"event": "stage"') < 2
-    ):
+    while process.is_alive() and not trains_second_task(log):
         time.sleep(0.003)
     process.join(seconds)
     killed = process.is_alive()
     process.kill()
     process.join()
     return killed
+
+
+def trains_second_task(log: Path) -> bool:
+    _, *later = (log.read_text() if log.is_file() else "").split('"event": "task"')[1:] or [""]
+    return bool(later) and '"event": "stage"' in later[0]
 
 
 def count_lines(path: Path) -> int:
