@@ -164,9 +164,9 @@ def claim(folder: Path, plan: Plan) -> None:
             can be written there.
     """
     identity = folder / "identity.yaml"
-    now = yaml.safe_load(yaml.safe_dump(plan.identity()))
+    now = _from_yaml(_to_yaml(plan.identity()))
     if identity.is_file():
-        before = yaml.safe_load(identity.read_text(encoding="utf-8"))
+        before = _from_yaml(identity.read_bytes())
         differences = _differences(before, now)
         if differences:
             raise FastcilError(
@@ -178,16 +178,25 @@ def claim(folder: Path, plan: Plan) -> None:
             f"run_dir is '{folder}', which is not empty and holds no run; use an empty one."
         )
     else:
-        write_atomically(identity, yaml.safe_dump(now, sort_keys=False).encode())
+        write_atomically(identity, _to_yaml(now))
     if plan.dataset.skipped:
         lines = "".join(f"{line}\n" for line in plan.dataset.skipped)
         write_atomically(folder / "skipped.txt", lines.encode())
-    write_atomically(
-        folder / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False).encode()
-    )
+    write_atomically(folder / "config.yaml", _to_yaml(plan.config()))
     if not (folder / "result.json").is_file():
         now = environment(plan.device)
-        write_atomically(folder / "environment.yaml", yaml.safe_dump(now, sort_keys=False).encode())
+        write_atomically(folder / "environment.yaml", _to_yaml(now))
+
+
+def _to_yaml(value: Any) -> bytes:
+    """A YAML file, by libyaml where PyYAML was built with it: ten times as fast."""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return yaml.dump(value, Dumper=dumper, sort_keys=False).encode()
+
+
+def _from_yaml(data: bytes) -> Any:
+    """What a YAML file holds."""
+    return yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

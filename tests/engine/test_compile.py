@@ -37,11 +37,13 @@ def counted_compile(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.mark.parametrize("method", ["finetune", "gem", "darkpp", "si", "dlcft", "foster+cim"])
 def test_compiled_objectives_survive_growing_heads(method, counted_compile, assert_same) -> None:
-    """Three tasks with heads of 2, 3 and 5 classes give what eager training gives."""
+    """Tasks with heads of 2, 3 and 5 classes give what eager training gives."""
     rng = np.random.default_rng(0)
+    # To trace dlcft's tangents takes its time.
+    sizes = (2, 3) if method == "dlcft" else (2, 1, 2)
     data = [
         {f"{t}{k}": rng.integers(0, 256, (6, 12, 12, 3), np.uint8) for k in range(classes)}
-        for t, classes in enumerate((2, 1, 2))
+        for t, classes in enumerate(sizes)
     ]
     tensors, calls = [], []
     for compiled in (False, True):
@@ -61,6 +63,6 @@ def test_compiled_objectives_survive_growing_heads(method, counted_compile, asse
             calls.append(counted_compile["calls"])
         assert learner.predict(data[0]["00"]).scores.shape == (6, 5)
         tensors.append(learner.parts.state())
-    eager, compiled = calls[:3], calls[3:]
-    assert eager == [0, 0, 0] and 0 < compiled[0] < compiled[1] < compiled[2]
+    eager, compiled = calls[: len(sizes)], calls[len(sizes) :]
+    assert not any(eager) and compiled == sorted(set(compiled)) and compiled[0] > 0
     assert_same(tensors[0], tensors[1])
