@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,9 +22,8 @@ from fastcil.compression.bitstream import (
 )
 from fastcil.compression.coder import SymbolDecoder, SymbolEncoder
 from fastcil.compression.errors import BitstreamError
-from fastcil.compression.model import CodecModel, entropy_hash
+from fastcil.compression.model import CodecModel
 from fastcil.compression.phases import Phases
-from fastcil.compression.tables import Tables
 from fastcil.errors import FastcilError
 
 # Padded pixels that go through the networks at once: 32 images of 256 x 256.
@@ -40,7 +40,7 @@ class ImageCodec:
     another version of PyTorch: there, a stream decodes to its symbols or is refused.
 
     Args:
-        model: The model, on any device; one without a bitstream, a mixture's, says so when used.
+        model: The model, on any device.
         max_pixels: Larger images are refused, in coding and in decoding: a stream of a few bytes
             may claim any size, and time and memory of decoding are proportional to it.
 
@@ -61,7 +61,7 @@ class ImageCodec:
     def entropy_hash(self) -> bytes:
         """What streams name: 8 bytes of the SHA-256 of entropy model and tables as they are now."""
         # Of any size and rate: tables are the same for all.
-        return self._hash(_tables(self.model.begin(1, 1, 1.0)))
+        return _hash(self.model.begin(1, 1, 1.0))
 
     def encode(self, image: Tensor | NDArray[np.uint8], lmbda: float) -> bytes:
         """The file of an image.
@@ -121,20 +121,18 @@ class ImageCodec:
         streams: dict[int, Bitstream] = {}
         for (height, width), chosen in self._batches(sizes):
             phases = self.model.begin(height, width, rate, len(chosen))
-            tables = _tables(phases)
-            head = Head(self._hash(tables), rate)
+            head = Head(_hash(phases), rate)
             device = next(self.model.parameters()).device
             batch = torch.stack([pictures[k] for k in chosen]).to(device)  # [B, H, W, 3]
             features = self.model.features(batch.permute(0, 3, 1, 2).float() / 255, rate)
             encoders = [SymbolEncoder() for _ in chosen]
             latents: list[NDArray[np.int32]] = []
             for i in range(phases.count):
-                index = phases.prior(i)[1].flatten(1).numpy()  # [B, N]
                 symbols = phases.quantise(i, features)
+                latents.append(symbols.flatten(1).numpy())  # [B, N]
+                for b, encoder in enumerate(encoders):
+                    phases.write(i, b, latents[-1][b], encoder)
                 phases.feed(i, symbols)
-                latents.append(symbols.flatten(1).numpy())
-                for encoder, row, which in zip(encoders, latents[-1], index, strict=True):
-                    encoder.encode(row, which, tables[i])
             for b, k in enumerate(chosen):
                 check = symbol_check(head, height, width, [latent[b] for latent in latents])
                 streams[k] = Bitstream(head, height, width, check, encoders[b].finish())
@@ -174,22 +172,21 @@ class ImageCodec:
             batch = [streams[k] for k in chosen]
             rates = torch.tensor([stream.head.lmbda for stream in batch])
             phases = self.model.begin(height, width, rates, len(batch))
-            tables = _tables(phases)
-            known = self._hash(tables)
+            known = _hash(phases)
             for k in chosen:
                 if streams[k].head.entropy_hash != known:
                     raise _at(k, len(streams), _foreign(streams[k].head, known))
             decoders = [SymbolDecoder(stream.payload) for stream in batch]
             latents: list[NDArray[np.int32]] = []
             for i in range(phases.count):
-                index = phases.prior(i)[1]
-                symbols = np.empty((len(batch), index[0].numel()), np.int32)
-                for b, which in enumerate(index.flatten(1).numpy()):
+                shape = phases.shapes[i]
+                symbols = np.empty((len(batch), math.prod(shape)), np.int32)
+                for b, decoder in enumerate(decoders):
                     try:
-                        symbols[b] = decoders[b].decode(which, tables[i])
+                        symbols[b] = phases.read(i, b, decoder)
                     except BitstreamError as error:
                         raise _at(chosen[b], len(streams), str(error)) from error
-                phases.feed(i, torch.from_numpy(symbols).view(index.shape))
+                phases.feed(i, torch.from_numpy(symbols).view(len(batch), *shape))
                 latents.append(symbols)
             for b, (k, stream) in enumerate(zip(chosen, batch, strict=True)):
                 rows = [latent[b] for latent in latents]
@@ -225,13 +222,6 @@ class ImageCodec:
         check_size(*picture.shape[:2])
         return picture
 
-    def _hash(self, tables: Sequence[Tables]) -> bytes:
-        """The hash of the model's entropy model and these tables."""
-        digest = hashlib.sha256(bytes.fromhex(entropy_hash(self.model)))
-        for latent in tables:
-            digest.update(latent.digest)
-        return digest.digest()[:HASH_NBYTES]
-
 
 _DRIFTED = (
     "The decoded symbols are not those that were coded: the payload is damaged, or this machine "
@@ -239,8 +229,9 @@ _DRIFTED = (
 )
 
 
-def _tables(phases: Phases) -> list[Tables]:
-    return [phases.tables(i) for i in range(phases.count)]
+def _hash(phases: Phases) -> bytes:
+    """The hash of an entropy model and its tables."""
+    return hashlib.sha256(b"".join(phases.digests)).digest()[:HASH_NBYTES]
 
 
 def _foreign(head: Head, known: bytes) -> str:

@@ -71,12 +71,21 @@ class SymbolEncoder:
             self._encoder.encode(slots[span], _models(tables)[table])
         if escaped.size:
             low = np.repeat(tables.low, counts)[escaped]
-            self._encode_escaped(ordered[escaped], low, low + (escape[escaped] - 1))
+            self.encode_outside(ordered[escaped], low, low + (escape[escaped] - 1))
 
-    def _encode_escaped(
+    def encode_rows(self, slots: NDArray[np.int32], frequencies: NDArray[np.int64]) -> None:
+        """Append one of S slots each.
+
+        Args:
+            slots: int32 [N], 0 to S - 1.
+            frequencies: int64 [N, S], at least 1, of which each row sums up to 2^24.
+        """
+        self._encoder.encode(slots, _rows_model(), _weights(frequencies))
+
+    def encode_outside(
         self, symbols: NDArray[np.int32], low: NDArray[np.int32], high: NDArray[np.int32]
     ) -> None:
-        """Append what lies outside the tables."""
+        """Append what lies outside low to high, int32 [N] each."""
         values = symbols.astype(np.int64)
         below = values < low
         distance = np.where(below, low - values, values - high)
@@ -159,13 +168,25 @@ class SymbolDecoder:
         escape = np.repeat(tables.slots - 1, counts)
         escaped = (slots == escape).nonzero()[0]
         if escaped.size:
-            ordered[escaped] = self._take_escaped(low[escaped], ordered[escaped] - 1)
+            ordered[escaped] = self.decode_outside(low[escaped], ordered[escaped] - 1)
         symbols = np.empty_like(ordered)
         symbols[order] = ordered
         return symbols
 
-    def _take_escaped(self, low: NDArray[np.int32], high: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The next symbols outside tables from low to high."""
+    def decode_rows(self, frequencies: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The next slots, int32 [N], of `SymbolEncoder.encode_rows`.
+
+        Raises:
+            BitstreamError: As `decode`.
+        """
+        return self._take(_rows_model(), _weights(frequencies))
+
+    def decode_outside(self, low: NDArray[np.int32], high: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The next symbols, int32 [N], that lie outside low to high.
+
+        Raises:
+            BitstreamError: As `decode`.
+        """
         bits = self._take(_gamma_model(), low.size).astype(np.int64)
         tail = self._take_bits(np.minimum(bits + 1, _CHUNK))
         rest = (bits + 1 > _CHUNK).nonzero()[0]
@@ -257,6 +278,17 @@ def _model(frequencies: NDArray[np.int32]) -> Any:
     """
     weights = (frequencies - 1).astype(np.float64)
     return _constriction().stream.model.Categorical(weights, perfect=False)
+
+
+@lru_cache(maxsize=1)
+def _rows_model() -> Any:
+    """Distributions that come with the symbols, a row each; scaled as those of `_model`."""
+    return _constriction().stream.model.Categorical(perfect=False)
+
+
+def _weights(frequencies: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What `_model` says."""
+    return np.ascontiguousarray(frequencies - 1, np.float64)
 
 
 @lru_cache(maxsize=16)

@@ -67,7 +67,6 @@ class CompressaiStyle(nn.Module):
         super().__init__()
         self.model = model
         self.lmbda = lmbda
-        self._known: tuple[bytes, ...] | None = None
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         """``x_hat`` and ``likelihoods`` by latent, as `CodecModel.forward`.
@@ -91,21 +90,20 @@ class CompressaiStyle(nn.Module):
             last latent and leaves padding to the caller.
 
         Raises:
-            FastcilError: x is not such a tensor, or a model without a bitstream.
+            FastcilError: x is not such a tensor.
         """
         features = self.model.features(x, self.lmbda)
         height, width = x.shape[-2:]
         phases = self.model.begin(height, width, self.lmbda, len(x))
         strings = []
         for i in range(phases.count):
-            tables, index = phases.tables(i), phases.prior(i)[1].flatten(1).numpy()
             symbols = phases.quantise(i, features)
-            phases.feed(i, symbols)
             runs = []
-            for row, which in zip(symbols.flatten(1).numpy(), index, strict=True):
+            for b, row in enumerate(symbols.flatten(1).numpy()):
                 encoder = SymbolEncoder()
-                encoder.encode(row, which, tables)
+                phases.write(i, b, row, encoder)
                 runs.append(encoder.finish())
+            phases.feed(i, symbols)
             strings.append(runs)
         return {"strings": strings, "shape": x.shape[-2:]}
 
@@ -135,45 +133,28 @@ class CompressaiStyle(nn.Module):
         height, width = shape
         phases = self.model.begin(height, width, self.lmbda, count)
         for i, runs in enumerate(strings):
-            tables, index = phases.tables(i), phases.prior(i)[1]
-            rows = [
-                SymbolDecoder(run).decode(which, tables)
-                for run, which in zip(runs, index.flatten(1).numpy(), strict=True)
-            ]
-            phases.feed(i, torch.from_numpy(np.stack(rows)).view(index.shape))
+            rows = [phases.read(i, b, SymbolDecoder(run)) for b, run in enumerate(runs)]
+            symbols = torch.from_numpy(np.stack(rows))
+            phases.feed(i, symbols.view(count, *phases.shapes[i]))
         return {"x_hat": phases.image()}
 
     def update(self, force: bool = False) -> bool:
-        """Builds the tables of real coding; a frozen entropy model's stay as they are.
+        """`CodecModel.update`: makes the tables that the model has learned anew.
 
-        Coding always takes the tables that the weights at hand give, so that forgetting this call
-        does no harm. It is where CompressAI's users change them, and after fine-tuning, tables
-        other than those that old streams were coded with would be those streams' loss.
+        A model that has none yet makes them when it first codes, so that forgetting this call does
+        no harm before; after training on, it is to be called as CompressAI's.
 
         Args:
-            force: Build them even so; the weights being the same, so are they.
+            force: Even where the entropy model is frozen.
 
         Returns:
-            Whether the tables are others than at the last call.
+            Whether there are other tables than before.
 
         Raises:
             FastcilError: The entropy model is frozen, and ``force`` is not given.
         """
-        if self._frozen and not force:
-            raise FastcilError(
-                "The entropy model is frozen, as the tables of old streams must be; there is "
-                "nothing to update, and force=True builds the same ones again."
-            )
-        phases = self.model.begin(1, 1, self.lmbda)
-        known = tuple(phases.tables(i).digest for i in range(phases.count))
-        changed = known != self._known
-        self._known = known
-        return changed
+        return self.model.update(force)
 
     def aux_loss(self) -> Tensor:
         """Zero: symbols are rounded to integers, not to learned quantiles, so none is trained."""
         return torch.zeros((), requires_grad=True)
-
-    @property
-    def _frozen(self) -> bool:
-        return not any(p.requires_grad for p in self.model.entropy.parameters())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ _LEAST_LIKELIHOOD = 1e-9
 _TAIL_MASS = 1e-9
 _WIDEST = 1 << 13
 _START_SCALE = 10.0
+_PREFIX = "table_"
+_BUFFERS = ("low", "slots", "frequencies")
 
 
 class FactorisedDensity(nn.Module):
@@ -30,6 +34,10 @@ class FactorisedDensity(nn.Module):
     (Ballé et al. 2018, *Variational image compression with a scale hyperprior*, appendix 6.1)
     with no g after the last. Symbols are rounded to integers, not to a learned median, so there
     are no quantiles to train beside it.
+
+    Real coding takes integer tables. The densities are floating, and processors that round
+    otherwise would make other tables of them, so that these are made once (`make_tables`) and from
+    then on are buffers of the module, saved and loaded with its weights.
 
     Args:
         channels: C, at most 256: the index of a symbol's table is its channel, a uint8.
@@ -58,6 +66,8 @@ class FactorisedDensity(nn.Module):
             self.biases.append(nn.Parameter(torch.rand(channels, outer, 1) - 0.5))
         for size in widths:
             self.gates.append(nn.Parameter(torch.zeros(channels, size, 1)))
+        for name in _BUFFERS:
+            self.register_buffer(_PREFIX + name, torch.zeros(0, dtype=torch.int32))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logit of the cumulative distribution.
@@ -89,9 +99,41 @@ class FactorisedDensity(nn.Module):
         shape = (z.shape[1], z.shape[0], *z.shape[2:])
         return floor(mass, _LEAST_LIKELIHOOD).log().view(shape).transpose(0, 1)
 
-    @torch.no_grad()
+    @property
+    def has_tables(self) -> bool:
+        """Whether the tables have been made."""
+        return bool(self.get_buffer(_PREFIX + "slots").numel())
+
     def tables(self) -> Tables:
-        """Integer tables, one per channel, of the integers that hold 1 - 1e-9 of its mass."""
+        """The tables that were made, one per channel.
+
+        Raises:
+            FastcilError: None were, or what is kept is none.
+        """
+        if not self.has_tables:
+            raise FastcilError("the codec has no tables yet; make them by its update().")
+        kept = {name: self.get_buffer(_PREFIX + name).cpu().numpy() for name in _BUFFERS}
+        return Tables.from_state(kept)
+
+    def make_tables(self) -> bool:
+        """Makes tables of the densities as they are, and keeps them.
+
+        Returns:
+            Whether they are others than those kept before.
+        """
+        made = self.computed_tables()
+        if self.has_tables and self.tables() == made:
+            return False
+        self._keep(made.state())
+        return True
+
+    def forget_tables(self) -> None:
+        """Lets tables go, as those of other densities than are about to be learned."""
+        self._keep({name: torch.zeros(0, dtype=torch.int32) for name in _BUFFERS})
+
+    @torch.no_grad()
+    def computed_tables(self) -> Tables:
+        """Tables of the densities as they are: the integers that hold 1 - 1e-9 of each's mass."""
         reach = 32
         while True:
             symbols = torch.arange(-reach, reach + 1, device=self.biases[0].device)
@@ -110,6 +152,31 @@ class FactorisedDensity(nn.Module):
         cdf = below.double().cpu().numpy()
         rows = [row[a : b + 1] for row, a, b in zip(cdf, first, ends, strict=True)]
         return Tables.from_cdf([a - reach for a in first], rows)
+
+    def _keep(self, arrays: Mapping[str, Any]) -> None:
+        """Puts arrays into the buffers, whatever their sizes."""
+        for name, array in arrays.items():
+            device = self.biases[0].device
+            kept = torch.as_tensor(array, dtype=torch.int32).to(device, copy=True)
+            setattr(self, _PREFIX + name, kept)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """As in torch, but tables may have any size."""
+        for name in _BUFFERS:
+            given = state_dict.get(f"{prefix}{_PREFIX}{name}")
+            if isinstance(given, Tensor) and given.ndim == 1:
+                self._keep({name: torch.zeros_like(given, device="cpu")})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def is_table(name: str) -> bool:
+    """Whether a name in a ``state_dict`` is one of tables, whose size is not the structure's.
+
+    Example:
+        >>> is_table("entropy.bottleneck.table_low"), is_table("entropy.bottleneck.biases.0")
+        (True, False)
+    """
+    return name.rpartition(".")[2].startswith(_PREFIX)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The 64 tables of the Gaussian entropy model, computed exactly and kept in a file."""
+"""The 64 tables of the Gaussian entropy models, computed exactly and kept in a file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from fastcil.compression.tables import TOTAL, Tables
 from fastcil.errors import FastcilError
 
 LOW, HIGH, LEVELS = 0.11, 20.0, 64
+WIDE = 256.0
 _TAIL_MASS = Decimal("1e-9")
-_DIGEST = "112f2b7d0fc88244d006bf285a0f54bbb498b897798bf77050f08c2e57e7fea1"
+# Of the largest scale: names of arrays in the file start so, and the tables' digest.
+_SHIPPED = {
+    HIGH: ("", "112f2b7d0fc88244d006bf285a0f54bbb498b897798bf77050f08c2e57e7fea1"),
+    WIDE: ("wide_", "6e06a05ab1f6500e7d6b01e5cfdfc76d27eb48038b99c49e0777ac8a1f72f697"),
+}
 _FILE = Path(__file__).with_suffix(".npz")
 # The context rounds every operation, exp and ln too, correctly: the same digits everywhere.
 _EXACT = Context(prec=34)
@@ -38,8 +43,8 @@ def gaussian_tables(low: float = LOW, high: float = HIGH, levels: int = LEVELS) 
         levels: Tables, 2 to 256.
 
     Returns:
-        The tables, of the default levels read from the package, of others computed; the same
-        object when asked again.
+        The tables, of 64 scales from 0.11 to 20 or 256 read from the package, of others computed;
+        the same object when asked again.
 
     Raises:
         FastcilError: Levels that make no sense, or a file with other tables than were shipped.
@@ -54,11 +59,13 @@ def gaussian_tables(low: float = LOW, high: float = HIGH, levels: int = LEVELS) 
             f"low, high and levels are {low}, {high} and {levels}; they must be two numbers with "
             f"0 < low < high <= 4096, and 2 to 256."
         )
-    if (low, high, levels) != (LOW, HIGH, LEVELS):
+    if (low, levels) != (LOW, LEVELS) or high not in _SHIPPED:
         return compute_gaussian_tables(low, high, levels)
+    prefix, digest = _SHIPPED[high]
     with np.load(_FILE, allow_pickle=False) as archive:
-        tables = _unfolded(archive["reach"].astype(np.int32), archive["half"])
-    if tables.digest.hex() != _DIGEST:
+        reach, half = archive[f"{prefix}reach"], archive[f"{prefix}half"]
+        tables = _unfolded(reach.astype(np.int32), half)
+    if tables.digest.hex() != digest:
         raise FastcilError(
             f"{_FILE.name} in the package fastcil.compression is not the file that was shipped; "
             f"install fastcil again."
@@ -98,18 +105,26 @@ def _unfolded(reach: NDArray[np.int32], half: NDArray[np.int32]) -> Tables:
 
 def _half_row(sigma: Decimal) -> NDArray[np.int32]:
     """Frequencies of 0, 1, ... up to the last symbol of the table."""
-    edges = [_EXACT.multiply(2, _upper(_EXACT.divide(Decimal("0.5"), sigma)))]
+    edges = [_EXACT.multiply(2, upper_tail(_EXACT.divide(Decimal("0.5"), sigma)))]
     while edges[-1] > _TAIL_MASS:
         edge = _EXACT.divide(2 * len(edges) + 1, _EXACT.multiply(2, sigma))
-        edges.append(_EXACT.multiply(2, _upper(edge)))
+        edges.append(_EXACT.multiply(2, upper_tail(edge)))
     # Mass of -s and s together, outwards.
     masses = [_EXACT.subtract(a, b) for a, b in pairwise(edges)]
     outer = [max(round(_EXACT.multiply(mass, TOTAL // 2)), 1) for mass in masses]
     return np.array([TOTAL - 1 - 2 * sum(outer), *outer], np.int32)
 
 
-def _upper(x: Decimal) -> Decimal:
-    """1 - Phi(x), by Phi(x) = 1/2 + phi(x) (x + x^3/3 + x^5/(3 5) + ...) (Marsaglia 2004)."""
+def upper_tail(x: Decimal) -> Decimal:
+    """1 - Phi(x), by Phi(x) = 1/2 + phi(x) (x + x^3/3 + x^5/(3 5) + ...) (Marsaglia 2004).
+
+    Args:
+        x: Not negative; to 34 digits, of which sums lose some far out.
+
+    Example:
+        >>> round(upper_tail(Decimal(1)), 6)
+        Decimal('0.158655')
+    """
     square = _EXACT.multiply(x, x)
     term, total, odd = x, x, 1
     while term > _NEGLIGIBLE:

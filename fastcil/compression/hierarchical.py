@@ -14,8 +14,9 @@ from fastcil.compression.conditioning import (
     ConditionedSequence,
     blocks,
 )
+from fastcil.compression.entropy_model import EntropyModel
 from fastcil.compression.gaussian import SIGMAS, Gaussian, SigmaTable, bounded_log_sigma
-from fastcil.compression.model import CodecModel, EntropyModel
+from fastcil.compression.model import CodecModel
 from fastcil.compression.tables import Tables
 from fastcil.errors import FastcilError
 

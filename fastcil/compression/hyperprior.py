@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastcil.compression.conditioning import ConditionedSequence, with_affine
+from fastcil.compression.entropy_model import EntropyModel, Prior
 from fastcil.compression.factorised import Factorised, FactorisedDensity
 from fastcil.compression.gaussian import Gaussian, SigmaTable, bounded_log_sigma
 from fastcil.compression.gdn import GDN
-from fastcil.compression.model import CodecModel, EntropyModel, Prior
+from fastcil.compression.model import CodecModel
 from fastcil.compression.tables import Tables
 from fastcil.errors import FastcilError
 

@@ -7,17 +7,17 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcil.compression.conditioning import LambdaEmbedding
-from fastcil.compression.gaussian import SigmaTable
+from fastcil.compression.entropy_model import EntropyModel, Prior
+from fastcil.compression.fixed import FixedEntropy
 from fastcil.compression.objective import rate_distortion
 from fastcil.compression.phases import Phases
-from fastcil.compression.tables import Tables
 from fastcil.errors import FastcilError
 
 Strategy = Literal["enc", "enc-dec", "kr", "all"]
@@ -29,48 +29,6 @@ TRAINED: Mapping[str, tuple[str, ...]] = {
     "all": PART_NAMES,
 }
 """Parts that each strategy trains, each with its λ-MLP where it has one."""
-
-
-class Prior(Protocol):
-    """What the entropy model says of one latent before it is known."""
-
-    @property
-    def mean(self) -> Tensor:
-        """Symbols count from here: z = symbol + mean, [B, C, h, w]."""
-
-    def log_likelihood(self, z: Tensor) -> Tensor:
-        """Natural logarithm of each symbol's probability, of z's shape."""
-
-    def index(self) -> Tensor:
-        """Row of the latent's tables that codes each symbol: uint8, of the mean's shape."""
-
-
-class EntropyModel(nn.Module, ABC):
-    """The part that says how probable symbols are: latent by latent, from those before it.
-
-    A walk is ``state = start(...)``, then for each latent ``state, prior = ahead(i, state, e)``
-    and, its values being known, ``feature, state = advance(i, state, z, e)``.
-    """
-
-    table: SigmaTable
-
-    @abstractmethod
-    def start(self, batch: int, height: int, width: int) -> Tensor:
-        """The state before the first latent, for padded sides."""
-
-    @abstractmethod
-    def ahead(self, i: int, state: Tensor, embedding: Tensor | None) -> tuple[Tensor, Prior]:
-        """The state that the encoder sees, and the prior of latent i."""
-
-    @abstractmethod
-    def advance(
-        self, i: int, state: Tensor, z: Tensor, embedding: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What the decoder gets with latent i, and the next state."""
-
-    @abstractmethod
-    def tables(self, i: int) -> Tables:
-        """Integer tables of latent i, whose rows the indices of its prior name."""
 
 
 class CodecModel(nn.Module, ABC):
@@ -107,6 +65,7 @@ class CodecModel(nn.Module, ABC):
         self.embeddings: Mapping[str, LambdaEmbedding] = nn.ModuleDict(mlps)  # type: ignore[assignment]
         self.latent_channels: tuple[int, ...] = ()
         self._frozen: tuple[nn.Module, ...] = ()
+        self._fixed: FixedEntropy | None = None
 
     @property
     def entropy_dtype(self) -> torch.dtype:
@@ -189,6 +148,39 @@ class CodecModel(nn.Module, ABC):
         """The walk of real coding, for either side of a bitstream: see `Phases`."""
         return Phases(self, height, width, lmbda, batch)
 
+    def update(self, force: bool = False) -> bool:
+        """Makes the integer tables that a model has learned anew from its weights.
+
+        Tables of Gaussians are the same for all models; those of a factorised density are learned.
+        They are made when a codec first codes or is saved, and then stay what they are, whatever
+        the weights become: after training on, call this, or files grow. Files that were coded with
+        tables before can't be decoded with others.
+
+        Args:
+            force: Also where the entropy model is frozen, and tables are to stay.
+
+        Returns:
+            Whether there are other tables than before.
+
+        Raises:
+            FastcilError: The entropy model is frozen, and ``force`` is not given.
+        """
+        if not force and not any(p.requires_grad for p in self.entropy.parameters()):
+            raise FastcilError(
+                "The entropy model is frozen, as the tables of old streams must be; there is "
+                "nothing to update, and force=True makes tables of the weights as they are."
+            )
+        changed = [density.make_tables() for density in self.entropy.densities()]
+        return any(changed)
+
+    def fixed_entropy(self) -> FixedEntropy:
+        """What both sides of a bitstream compute with, made once for weights as they are."""
+        _ensure_tables(self.entropy)
+        modules = self.parts()["entropy"]
+        if self._fixed is None or not self._fixed.is_of(modules):
+            self._fixed = FixedEntropy(modules, self.entropy_dtype, entropy_hash(self))
+        return self._fixed
+
     def features(self, x: Tensor, lmbda: float | Tensor) -> list[Tensor]:
         """What the encoder makes of images: a feature map per latent, or the latent itself.
 
@@ -247,7 +239,7 @@ class CodecModel(nn.Module, ABC):
         - ``enc-dec``: decoder too (FT-Enc+Dec). The entropy model stays frozen, or old bitstreams
           could not be read at all;
         - ``kr``: the same parts; what differs is the loss, which replays old latents;
-        - ``all``: everything (pre-training).
+        - ``all``: everything (pre-training). Tables are forgotten, as others are to be learned.
 
         Frozen parts stay in evaluation mode whatever ``train()`` says, and get λ clamped to the
         range of their embedding.
@@ -266,6 +258,9 @@ class CodecModel(nn.Module, ABC):
                 part.requires_grad_(learns)
             frozen += [] if learns else parts
         self._frozen = tuple(frozen)
+        if strategy == "all":
+            for density in self.entropy.densities():
+                density.forget_tables()
         self.train(self.training)
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
@@ -342,6 +337,13 @@ class CodecModel(nn.Module, ABC):
         return add
 
 
+def _ensure_tables(entropy: EntropyModel) -> None:
+    """Makes the tables that are missing; those there are stay."""
+    for density in entropy.densities():
+        if not density.has_tables:
+            density.make_tables()
+
+
 def _rounded(q: Tensor, mean: Tensor) -> Tensor:
     """q to the nearest integer distance from the mean."""
     return torch.round(q - mean) + mean
@@ -350,14 +352,16 @@ def _rounded(q: Tensor, mean: Tensor) -> Tensor:
 def entropy_hash(model: CodecModel) -> str:
     """What a bitstream names: SHA-256 of all that the probabilities of symbols depend on.
 
-    Names, shapes, dtypes and bytes of the parameters and buffers of the entropy model and of its
-    λ-MLP (with its range of λ, to which λ is clamped), the scales of its tables, and the dtype in
-    which it is computed.
+    Names, shapes, dtypes and bytes of the parameters and buffers of the entropy model (with the
+    tables that it has learned, which are made if there are none yet) and of its λ-MLP (with its
+    range of λ, to which λ is clamped), the scales of its tables, and the dtype in which it is
+    computed.
 
     Returns:
         64 hexadecimal digits; unchanged as long as the entropy model is frozen.
     """
     entropy = model.entropy
+    _ensure_tables(entropy)
     settings = [type(entropy).__name__, model.config.entropy_dtype, asdict(entropy.table)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for module in model.parts()["entropy"]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastcil.compression.factorised import is_table
 from fastcil.compression.model import CodecModel, entropy_hash
 from fastcil.compression.training import lambda_range
 from fastcil.compression.zoo import build_model
@@ -45,7 +46,8 @@ def save_codec(
 ) -> None:
     """Saves a codec in one safetensors file, atomically; nothing in it can be executed.
 
-    The header holds, as JSON under ``fastcil``, what `CodecFacts` describes.
+    The header holds, as JSON under ``fastcil``, what `CodecFacts` describes. Tables that the codec
+    has learned are saved with its weights; if it has none yet, they are made (`CodecModel.update`).
 
     Args:
         path: Where to.
@@ -65,11 +67,13 @@ def save_codec(
         >>> entropy_hash(again) == entropy_hash(model)
         True
     """
+    # First, for it makes the tables that the weights lack.
+    digest = entropy_hash(model)
     facts = {
         "format": FORMAT,
         "structure": model.structure(),
         "lambda_range": list(lambda_range(model)),
-        "entropy_hash": entropy_hash(model),
+        "entropy_hash": digest,
         "history": list(history),
     }
     write_tensors(Path(path), model.state_dict(), {_KEY: facts})
@@ -111,7 +115,8 @@ def load_with_facts(
     odd += [
         name
         for name in sorted(own.keys() & tensors.keys())
-        if (own[name].shape, own[name].dtype) != (tensors[name].shape, tensors[name].dtype)
+        if own[name].dtype != tensors[name].dtype
+        or (own[name].shape != tensors[name].shape and not is_table(name))
     ]
     if odd:
         more = ", ..." if len(odd) > _SHOWN else ""

@@ -34,7 +34,7 @@ from fastcil.engine.resolve import pick_device
 from fastcil.engine.state import locked, write_atomically
 from fastcil.errors import FastcilError
 
-RESULT, PLOT = "result.json", "rate_distortion.svg"
+RESULT, PLOTS = "result.json", ("rate_distortion.svg", "rate_distortion.png")
 VTM = "vtm-22.0"
 _KODAK = {f"kodim{k:02}" for k in range(1, 25)}
 _PACKAGES = ("constriction", "pytorch-msssim", "imagecodecs")
@@ -95,7 +95,7 @@ class CodecResult:
         }
 
     def save(self, folder: Path) -> None:
-        """Writes ``result.json`` and ``rate_distortion.svg``, each atomically.
+        """Writes ``result.json`` and ``rate_distortion.svg`` and ``.png``, each atomically.
 
         Raises:
             FastcilError: They can't be written.
@@ -107,10 +107,11 @@ class CodecResult:
             if (finite := [point for point in points if math.isfinite(point[1])])
         }
         figure = plot_rate_distortion(shown, dashed=tuple(self.published))
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": "fastcil"}):
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-        write_atomically(folder / PLOT, buffer.getvalue())
+        for name, metadata in zip(PLOTS, ({"Date": None}, {"Software": None}), strict=True):
+            buffer = io.BytesIO()
+            with matplotlib.rc_context({"svg.hashsalt": "fastcil"}):
+                figure.savefig(buffer, format=name[-3:], dpi=160, metadata=metadata)
+            write_atomically(folder / name, buffer.getvalue())
         write_atomically(folder / RESULT, text.encode())
 
 
@@ -191,7 +192,7 @@ def evaluate_files(
     Args:
         model: A codec's file.
         images: Image files, folders or tars.
-        out: Folder for ``result.json`` and ``rate_distortion.svg``.
+        out: Folder for ``result.json`` and the plot, ``rate_distortion.svg`` and ``.png``.
         lambdas: As in `evaluate_codecs`.
         anchors: As in `evaluate_codecs`.
         old_bitstreams: Folder of files that were coded before; see `streams_of`.

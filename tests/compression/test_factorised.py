@@ -74,6 +74,9 @@ def test_density_is_a_distribution_on_integers():
 
 def test_tables_hold_the_densities():
     density = spread(3)
+    with pytest.raises(FastcilError, match="no tables yet"):
+        density.tables()
+    assert density.make_tables() and not density.make_tables()
     tables = density.tables()
     assert len(tables) == 3
     for c in range(3):
@@ -101,8 +104,8 @@ def test_tables_of_very_narrow_and_very_wide_densities():
         for bias in narrow.biases:
             bias.zero_()
         wide.matrices[0].fill_(-25.0)
-    assert int(narrow.tables().slots[0]) <= 4
-    assert int(wide.tables().slots[0]) > 10_000
+    assert int(narrow.computed_tables().slots[0]) <= 4
+    assert int(wide.computed_tables().slots[0]) > 10_000
 
 
 def test_index_is_the_channel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -184,7 +185,37 @@ def test_what_is_out_of_turn_is_refused(lively):
         Phases(model, 0, 64, 100.0)
 
 
-@pytest.mark.parametrize("name", ["gma", "gma-vr"])
-def test_mixtures_have_no_bitstream(lively, name):
-    with pytest.raises(FastcilError, match="no bitstream"):
-        lively(name).begin(64, 64, 100.0)
+@pytest.mark.parametrize("name", ["hierarchical-tiny", "msh-vr"])
+def test_the_entropy_model_is_copied_once_for_weights_as_they_are(lively, images, name):
+    model, x = lively(name), images(1, 64, 64)
+    known, _ = encode(model, x, 100.0)
+    first = model.fixed_entropy()
+    assert model.begin(8, 8, 50.0) and model.fixed_entropy() is first
+    optimiser = torch.optim.SGD(model.decoder.parameters(), lr=1.0)
+    for parameter in model.decoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    assert model.fixed_entropy() is first, "the decoder decides no probability"
+    changes = (
+        lambda: torch.nn.init.normal_(next(model.entropy.parameters())),
+        lambda: model.embeddings["entropy"].range.add_(1),
+        lambda: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}),
+    )
+    with torch.no_grad():
+        for change in changes:
+            change()
+            assert model.fixed_entropy() is not first
+            first = model.fixed_entropy()
+    rows, _ = encode(model, x, 100.0)
+    assert not all(torch.equal(a[1], b[1]) for a, b in zip(rows, known, strict=True))
+    model.half().float()
+    assert model.fixed_entropy() is not first
+    assert copy.deepcopy(model).fixed_entropy() is not model.fixed_entropy()
+
+
+def test_weights_made_in_inference_mode_are_looked_at_every_time(lively, images):
+    with torch.inference_mode():
+        model = lively("hierarchical-tiny")
+        before = model.fixed_entropy()
+        next(model.entropy.parameters()).mul_(2)
+        assert model.fixed_entropy() is not before

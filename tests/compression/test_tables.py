@@ -32,6 +32,13 @@ def test_the_file_is_what_the_function_computes() -> None:
     assert stored.digest.hex() == computed.digest.hex() == digest
 
 
+@pytest.mark.slow
+def test_the_file_of_wide_scales_is_what_the_function_computes() -> None:
+    stored, computed = gaussian_tables(0.11, 256.0), compute_gaussian_tables(0.11, 256.0)
+    assert stored == computed and len(stored) == 64
+    assert stored.digest.hex()[:16] == "6e06a05ab1f6500e"
+
+
 def test_gaussian_frequencies_are_the_rounded_masses() -> None:
     for sigma, low, row in zip(SIGMAS, gaussian_tables().low, rows(gaussian_tables()), strict=True):
         symbols = np.arange(low, -low + 1)

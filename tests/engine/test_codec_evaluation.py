@@ -27,6 +27,8 @@ from fastcil.engine.codec_evaluation import CodecResult, evaluate_codecs, evalua
 from fastcil.engine.codec_files import encode_files
 from fastcil.errors import FastcilError
 
+WRITTEN = {"result.json", "rate_distortion.svg", "rate_distortion.png"}
+
 
 def model(seed: int = 0) -> CodecModel:
     torch.manual_seed(seed)
@@ -170,11 +172,14 @@ def test_what_is_saved(tmp_path: Path) -> None:
     assert found["curves"]["x"][1]["psnr"] is None
     assert found["published"] == {"vtm": [[0.1, 28.0]]}
     assert found["bd_rate"]["x"]["vtm"] == {"cubic": None, "akima": None}
-    plot = (tmp_path / "rate_distortion.svg").read_bytes()
-    assert ElementTree.fromstring(plot).tag.endswith("svg")
+    plots = [(tmp_path / f"rate_distortion.{kind}").read_bytes() for kind in ("svg", "png")]
+    assert ElementTree.fromstring(plots[0]).tag.endswith("svg")
+    shown = cv2.imdecode(np.frombuffer(plots[1], np.uint8), cv2.IMREAD_COLOR)
+    assert shown.shape[1] > 600 and len(np.unique(shown.reshape(-1, 3), axis=0)) > 10
     CodecResult({}, {}, curves, {"vtm": [(0.1, 28.0)]}).save(tmp_path)
-    assert (tmp_path / "rate_distortion.svg").read_bytes() == plot
-    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "rate_distortion.svg"}
+    for kind, plot in zip(("svg", "png"), plots, strict=True):
+        assert (tmp_path / f"rate_distortion.{kind}").read_bytes() == plot
+    assert {path.name for path in tmp_path.iterdir()} == WRITTEN
 
 
 def test_files(folder: Path, tmp_path: Path) -> None:
@@ -206,10 +211,7 @@ def test_files(folder: Path, tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in sorted((tmp_path / "streams/40").iterdir())]
     images = found["curves"]["new, old bitstreams"][0]["images"]
     assert [image["nbytes"] for image in images] == sizes
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "result.json",
-        "rate_distortion.svg",
-    }
+    assert {path.name for path in (tmp_path / "out").iterdir()} == WRITTEN
 
 
 @pytest.mark.parametrize(

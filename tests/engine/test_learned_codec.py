@@ -14,7 +14,7 @@ from codecs_of_images import tiny_codec
 
 from fastcil import FastcilError, Learner, train
 from fastcil.compression.saving import save_codec
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.state import load_state
 from fastcil.engine.trainer import Trainer
 
@@ -44,7 +44,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def run(checkpoint: Path | None, run_dir: Path | None = None, **options: Any) -> Any:
-    arguments = {"method": "er", "memory": "25 kB", "learned.checkpoint": checkpoint, **options}
+    arguments = {"method": "er", "memory": "45 kB", "learned.checkpoint": checkpoint, **options}
     method, memory = arguments.pop("method"), arguments.pop("memory")
     return train(
         *(method, DATA, "lfs-2", memory, "learned"),
@@ -58,8 +58,8 @@ def run(checkpoint: Path | None, run_dir: Path | None = None, **options: Any) ->
 def test_weights_count_and_are_reported(checkpoint: Path) -> None:
     outcome = run(checkpoint).outcomes[0].tasks[-1]
     weights = outcome.nbytes["learned codec"]
-    assert 10_000 < weights < 25_000 and sum(outcome.exemplars) == 12
-    assert outcome.nbytes["budgeted"] == weights + outcome.nbytes["exemplars"] <= 25_000
+    assert 20_000 < weights < 40_000 and sum(outcome.exemplars) == 12
+    assert outcome.nbytes["budgeted"] == weights + outcome.nbytes["exemplars"] <= 45_000
     free = run(checkpoint, **{"learned.count_codec": False}).outcomes[0].tasks[-1]
     assert free.nbytes["budgeted"] == free.nbytes["exemplars"] == free.nbytes["all"] - weights
 
@@ -101,7 +101,7 @@ def shelf(*names: str) -> dict[str, np.ndarray]:
 
 def learner_of(checkpoint: Path, method: str = "er", **options: Any) -> Learner:
     given = {"learned.checkpoint": checkpoint, **OPTIONS, **options}
-    memory = given.pop("memory", "25 kB")
+    memory = given.pop("memory", "45 kB")
     return Learner(method, memory=memory, codec="learned", backbone=ConvNet, **given)
 
 

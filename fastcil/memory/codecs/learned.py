@@ -134,8 +134,8 @@ class LearnedCodec(Codec[ByteStore]):
         """Raises unless there is a model and it can encode these images.
 
         Raises:
-            FastcilError: No checkpoint, or one that can't be read, has no bitstream, or was not
-                trained at ``lmbda``; an image above ``max_pixels``.
+            FastcilError: No checkpoint, or one that can't be read or was not trained at ``lmbda``;
+                an image above ``max_pixels``.
         """
         self._weights()
         areas = images.sizes.prod(1)
@@ -289,10 +289,12 @@ class LearnedCodec(Codec[ByteStore]):
 
     @property
     def working_nbytes(self) -> int:
-        """Bytes of the networks that are made of the weights to compute with."""
+        """Bytes of the networks, and of the copy for bitstreams, that are made of the weights."""
         if self._working is None:
             return 0
-        return sum(t.numel() * t.element_size() for t in self._working.model.state_dict().values())
+        model = self._working.model
+        networks = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        return networks + model.fixed_entropy().nbytes
 
     def _weights(self) -> dict[str, Tensor]:
         """What is kept of the model, read from the checkpoint the first time."""
