@@ -35,12 +35,22 @@ def counted_compile(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("method", ["finetune", "gem", "darkpp", "si", "dlcft", "foster+cim"])
+# To trace dlcft's tangents takes its time.
+@pytest.mark.parametrize(
+    "method",
+    [
+        "finetune",
+        "gem",
+        "darkpp",
+        "si",
+        "foster+cim",
+        pytest.param("dlcft", marks=[pytest.mark.slow]),
+    ],
+)
 def test_compiled_objectives_survive_growing_heads(method, counted_compile, assert_same) -> None:
     """Tasks with heads of 2, 3 and 5 classes give what eager training gives."""
     rng = np.random.default_rng(0)
-    # To trace dlcft's tangents takes its time.
-    sizes = (2, 3) if method == "dlcft" else (2, 1, 2)
+    sizes = (2, 1, 2)
     data = [
         {f"{t}{k}": rng.integers(0, 256, (6, 12, 12, 3), np.uint8) for k in range(classes)}
         for t, classes in enumerate(sizes)

@@ -63,7 +63,7 @@ def python(script: str, *arguments: object) -> str:
 def shelves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Path]]:
     """Two folders of five classes each, and some test images."""
     root = tmp_path_factory.mktemp("shelves")
-    data = load("scenes", classes=10, size=40, train_per_class=10, test_per_class=2)
+    data = load("scenes", classes=10, size=40, train_per_class=6, test_per_class=2)
     for k in range(len(data.train)):
         label = int(data.train.labels[k])
         folder = root / f"shelf{label // 5}" / data.class_names[label]

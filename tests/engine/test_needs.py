@@ -16,6 +16,7 @@ from fastcil.engine.rehearsal import STEPS, rehearse
 from fastcil.engine.run import train
 
 DATA = "scenes:classes=6,size=32,train_per_class=20,test_per_class=4"
+FEW = "scenes:classes=6,size=32,train_per_class=8,test_per_class=1"
 SHORT: dict[str, Any] = {
     "network.name": "resnet20",
     "network.width": 4,
@@ -25,9 +26,10 @@ SHORT: dict[str, Any] = {
 PRESET = "cifar100/b0-5"
 
 
-def plan(method: str, scenario: str = "lfs-3", memory: str = "12 images", **options: Any) -> Plan:
+def plan(method: str, data: str = DATA, **options: Any) -> Plan:
+    memory = "12 images"
     return make_plan(
-        method, DATA, scenario, memory, None, (0,), "cpu", None, {**SHORT, **options}, PRESET
+        method, data, "lfs-3", memory, None, (0,), "cpu", None, {**SHORT, **options}, PRESET
     )
 
 
@@ -37,7 +39,7 @@ def test_a_run_is_the_same_whether_it_tells_or_not(
     told, silent = (
         train(
             "foster+cim",
-            DATA,
+            FEW,
             "lfs-2",
             "12 images",
             preset=PRESET,
@@ -97,11 +99,11 @@ def test_steps_and_epochs_are_those_of_the_run(method: str, monkeypatch, tmp_pat
         def __call__(self, event: str, fields: dict[str, Any]) -> None:
             done[event] = done.get(event, 0) + 1
 
-    monkeypatch.setattr("fastcil.engine.run.make_progress", lambda enabled: Count())
+    monkeypatch.setattr("fastcil.engine.seed_run.make_progress", lambda enabled: Count())
     # Raw exemplars fill memory to the last image: what is estimated is then exact.
-    planned = plan(method)
+    planned = plan(method, FEW)
     needs = measure(planned)
-    train(method, DATA, "lfs-3", "12 images", **{**SHORT, "engine.progress": False})
+    train(method, FEW, "lfs-3", "12 images", **{**SHORT, "engine.progress": False})
     assert needs.epochs == done["epoch"]
     slack = 0.25 if method in ("foster+cim", "der") else 0.0  # more exemplars; balanced subsets
     assert math.isclose(needs.steps, done["step"], rel_tol=slack, abs_tol=0 if slack == 0 else 3)

@@ -18,7 +18,7 @@ from fastcil.cli import main
 from fastcil.engine.state import load_state
 
 OPTIONS = [
-    "--data=scenes:classes=6,size=32,train_per_class=12,test_per_class=4",
+    "--data=scenes:classes=6,size=32,train_per_class=8,test_per_class=2",
     "--scenario=lfs-3",
     "--network.name=resnet20",
     "--network.width=4",

@@ -43,6 +43,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=list(out))
 
 
+@pytest.fixture(scope="session", autouse=INTERPRETING)
+def patched_once() -> Iterator[None]:
+    """Lets the interpreter replace triton's language at a launch, not again at every inner call.
+
+    It wraps what it has put there already whenever one jitted function calls another, for good,
+    and so takes most of its time.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    original = interpreter._patch_lang
+    patched: set[str] = set()
+
+    def patch(function: Any) -> Any:
+        seen = {v.__name__ for v in function.__globals__.values() if isinstance(v, ModuleType)}
+        fresh = (seen & {"triton.language", "triton.language.core"}) - patched
+        if not fresh:
+            return None
+        patched.update(fresh)
+        scope = original(function)
+        restore = getattr(scope, "restore", None)  # A launch calls it; an inner call does not.
+
+        def restored() -> None:
+            patched.difference_update(fresh)
+            restore()
+
+        if restore is not None:
+            scope.restore = restored
+        return scope
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch)
+        yield
+
+
 @pytest.fixture
 def interpreted() -> None:
     """Marks a test that needs the interpreter."""
