@@ -96,7 +96,10 @@ def _compare(arguments: list[str]) -> int:
         "compare", options["data"], options["scenario"]
     )
     comparison = compare(**options)
-    Console(width=140 if not sys.stdout.isatty() else None).print(comparison.table())
+    console = Console(width=200 if not sys.stdout.isatty() else None)
+    for table in (comparison.table(), comparison.sessions_table()):
+        if table is not None:
+            console.print(table)
     return _write_report(options["run_dir"])
 
 
@@ -117,7 +120,9 @@ def _pretrain(arguments: list[str]) -> int:
 def _default_dir(name: str, data: str, what: str) -> str:
     """``runs/NAME-DATA-SCENARIO``: the same command finds its run again."""
     shown = str(data).partition(":list=")[0].rstrip("/").rpartition("/")[2].partition(":")[0]
-    return f"runs/{name}-{shown}-{what}"
+    # Of session lists the folder's name tells enough.
+    stream = f"few-{what.rstrip('/').rpartition('/')[2]}" if what.startswith("few:") else what
+    return f"runs/{name}-{shown}-{stream}"
 
 
 def _evaluate(arguments: list[str]) -> int:

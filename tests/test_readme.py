@@ -8,11 +8,14 @@ import runpy
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fastcil.engine.arguments import parse_run
+from fastcil.engine.codec_arguments import parse_use
+from fastcil.engine.codec_training_arguments import parse_codec_finetune, parse_codec_train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,6 +50,10 @@ def test_commands_are_ones_there_are(line: str) -> None:
         assert program == "fastcil"
         if command in ("train", "compare"):
             assert parse_run(command, arguments)
+        elif command == "codec":
+            training = {"train": parse_codec_train, "finetune": parse_codec_finetune}
+            use = training.get(arguments[0], partial(parse_use, arguments[0]))
+            assert use(arguments[1:])
         else:
             assert command in ("report", "methods", "presets", "doctor")
 

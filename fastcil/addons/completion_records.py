@@ -309,7 +309,13 @@ class CompletionRecords(nn.Module):
             _curve(
                 "Dropped pixels",
                 x,
-                dict(zip(_COMPLETED, self.holes.cpu().T[1:].tolist(), strict=True)),
+                # JSON has no NaN.
+                {
+                    name: [None if error != error else error for error in errors]
+                    for name, errors in zip(
+                        _COMPLETED, self.holes.cpu().T[1:].tolist(), strict=True
+                    )
+                },
                 "mean squared error",
             ),
             _curve(

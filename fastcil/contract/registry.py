@@ -29,9 +29,12 @@ METHODS: dict[str, str | type] = {
     "dlcft": "fastcil.methods.dlcft:DLCFT",
     "icarl": "fastcil.methods.icarl:ICaRL",
     "eeil": "fastcil.methods.eeil:EEIL",
+    "lecnet": "fastcil.methods.lecnet:LECNet",
     "wa": "fastcil.methods.wa:WA",
     "lucir": "fastcil.methods.lucir:LUCIR",
     "podnet": "fastcil.methods.podnet:PODNet",
+    "ncm": "fastcil.methods.ncm:NCM",
+    "topic": "fastcil.methods.topic:TOPIC",
     "der": "fastcil.methods.der:DER",
     "foster": "fastcil.methods.foster:Foster",
 }
@@ -43,6 +46,7 @@ ADDONS: dict[str, str | type] = {
     "mnemonics": "fastcil.addons.mnemonics:Mnemonics",
     "samc": "fastcil.addons.samc:SAMC",
     "aanets": "fastcil.addons.aanets:AANets",
+    "lec": "fastcil.addons.lec:LEC",
 }
 CODECS: dict[str, str | type] = {
     "raw": "fastcil.memory.codecs.raw:RawCodec",
@@ -51,7 +55,7 @@ CODECS: dict[str, str | type] = {
     "sparse": "fastcil.memory.codecs.sparse:SparseCodec",
     "learned": "fastcil.memory.codecs.learned:LearnedCodec",
 }
-ALIASES = {"ft-cnn": "finetune"}
+ALIASES = {"ft-cnn": "finetune", "joint-cnn": "joint"}
 
 _KINDS: dict[str, dict[str, str | type]] = {"method": METHODS, "addon": ADDONS, "codec": CODECS}
 

@@ -28,6 +28,8 @@ class Task:
             keeps something else than exemplars; a budget in images allows what as many raw images
             of the task's mean size take.
         online: Whether every stage that trains on ``examples`` passes over them once.
+        few_shot: Whether this is a session of a few-shot stream after its base session, so that
+            ``examples`` holds a few images ("shots") of each class.
 
     Example:
         >>> import numpy as np, torch
@@ -48,6 +50,7 @@ class Task:
     room: int = 0
     allowance: float = 0.0
     online: bool = False
+    few_shot: bool = False
 
     @property
     def total(self) -> int:

@@ -166,6 +166,7 @@ def assemble(
     parts: tuple[str, str],
     skip_bad: bool,
     skipped: Sequence[str],
+    train_files: Sequence[str] | None = None,
 ) -> Dataset:
     """Make a Dataset of two parts in which every class has images of both.
 
@@ -178,6 +179,7 @@ def assemble(
         parts: what the source calls the two parts, such as ``("train", "test")``.
         skip_bad: leave out a class that lacks a part instead of raising.
         skipped: what the reader left out before.
+        train_files: what each training image is called, if it is a file.
 
     Returns:
         The data set; with classes left out, the others are numbered anew in the same order.
@@ -215,9 +217,13 @@ def assemble(
             f" {parts[1]}; at least 2 are needed"
         )
     if len(complete) < len(class_names):
+        if train_files is not None:
+            kept = torch.isin(train.labels, torch.tensor(complete)).tolist()
+            train_files = [f for f, keep in zip(train_files, kept, strict=True) if keep]
         train, test = keep_classes(train, complete), keep_classes(test, complete)
         class_names = [class_names[label] for label in complete]
-    return Dataset(name, train, test, tuple(class_names), skipped=tuple(skipped))
+    files = None if train_files is None else tuple(train_files)
+    return Dataset(name, train, test, tuple(class_names), skipped=tuple(skipped), train_files=files)
 
 
 def assemble_numbered(

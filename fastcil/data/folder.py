@@ -74,10 +74,12 @@ def load_folder(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) -
     train_files = subset.files(train_files, subset.train_per_class)
     test_files = subset.files(test_files, subset.test_per_class)
     skipped: list[str] = []
-    train = read_files(listing, train_files, names, skip_bad, skipped)
+    read: list[str] = []
+    train = read_files(listing, train_files, names, skip_bad, skipped, read)
     test = read_files(listing, test_files, names, skip_bad, skipped)
     title = subset.name(path.name.split(".tar")[0])
-    return assemble(title, str(path), train, test, names, ("train", held_out), skip_bad, skipped)
+    parts = ("train", held_out)
+    return assemble(title, str(path), train, test, names, parts, skip_bad, skipped, read)
 
 
 def examples_of_folder(
@@ -152,6 +154,7 @@ def read_files(
     names: Sequence[str],
     skip_bad: bool,
     skipped: list[str],
+    read: list[str] | None = None,
 ) -> Examples:
     """Decode the images of a part.
 
@@ -161,6 +164,8 @@ def read_files(
         names: the classes to read, by label.
         skip_bad: leave out images that do not decode.
         skipped: gains a line for each image left out.
+        read: gains the path of each image read, from its class's folder on, for
+            `Dataset.train_files`; of an image in no such folder its name.
 
     Returns:
         The examples, by label and then as listed.
@@ -178,9 +183,11 @@ def read_files(
     def images() -> Iterator[np.ndarray]:
         # Left to the garbage collector, a thread of the pool might have to join itself.
         with closing(_decode_all(listing, [file for _, file in wanted])) as results:
-            for (label, _), image in zip(wanted, results, strict=True):
+            for (label, file), image in zip(wanted, results, strict=True):
                 if isinstance(image, np.ndarray):
                     labels.append(label)
+                    if read is not None:
+                        read.append(_name(file, names[label]))
                     yield image
                 elif skip_bad:
                     skipped.append(str(image))
@@ -189,6 +196,11 @@ def read_files(
 
     store = ImageStore.from_images(images())
     return Examples(store, torch.tensor(labels, dtype=torch.int64))
+
+
+def _name(file: Parts, class_name: str) -> str:
+    """The path from the class's folder on, or the file's own name."""
+    return "/".join(file[file.index(class_name) :] if class_name in file[:-1] else file[-1:])
 
 
 def _decode_all(

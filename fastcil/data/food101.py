@@ -105,12 +105,16 @@ def load_food101(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) 
     for files in listed.values():
         listing.files.update((f, listing.path.joinpath(*f)) for fs in files.values() for f in fs)
     skipped: list[str] = []
+    read: list[str] = []
     train, test = (
-        read_files(listing, subset.files(listed[part], per_class), names, skip_bad, skipped)
-        for part, per_class in (("train", subset.train_per_class), ("test", subset.test_per_class))
+        read_files(listing, subset.files(listed[part], per_class), names, skip_bad, skipped, found)
+        for part, per_class, found in (
+            ("train", subset.train_per_class, read),
+            ("test", subset.test_per_class, None),
+        )
     )
-    parts = (f"{_META}/train", f"{_META}/test")
-    return assemble(subset.name(NAME), str(root), train, test, names, parts, skip_bad, skipped)
+    title, parts = subset.name(NAME), (f"{_META}/train", f"{_META}/test")
+    return assemble(title, str(root), train, test, names, parts, skip_bad, skipped, read)
 
 
 def _root(path: Path) -> Path:

@@ -222,13 +222,17 @@ def load_imagenet(
     for files in (*train.values(), *test.values()):
         listing.files.update((f, root.joinpath(*f)) for f in files)
     skipped: list[str] = []
+    read: list[str] = []
     train_read, test_read = (
-        read_files(listing, subset.files(files, per_class), names, skip_bad, skipped)
-        for files, per_class in ((train, subset.train_per_class), (test, subset.test_per_class))
+        read_files(listing, subset.files(files, per_class), names, skip_bad, skipped, found)
+        for files, per_class, found in (
+            (train, subset.train_per_class, read),
+            (test, subset.test_per_class, None),
+        )
     )
     title = subset.name((name or path.name) + (f" ({class_list})" if class_list else ""))
     parts = ("train", "val")
-    return assemble(title, str(path), train_read, test_read, names, parts, skip_bad, skipped)
+    return assemble(title, str(path), train_read, test_read, names, parts, skip_bad, skipped, read)
 
 
 def _root(path: Path) -> Path | None:

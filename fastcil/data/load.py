@@ -18,6 +18,7 @@ import torch
 from fastcil.data import (
     arrays,
     cifar,
+    cub200,
     folder,
     food101,
     imagenet,
@@ -41,12 +42,14 @@ _PUBLISHED = (
     (imagenet32.is_imagenet32, imagenet32.load_imagenet32),
     (mit67.is_mit67, mit67.load_mit67),
     (food101.is_food101, food101.load_food101),
+    (cub200.is_cub200, cub200.load_cub200),
     (mini_imagenet.is_mini_imagenet, mini_imagenet.load_mini_imagenet),
     (imagenet.is_imagenet, imagenet.load_imagenet),
 )
 # Data sets that go by a name: who finds them, who reads them.
 _NAMED = {
     food101.NAME: (food101.find_food101, food101.load_food101),
+    cub200.NAME: (cub200.find_cub200, cub200.load_cub200),
     mini_imagenet.NAME: (mini_imagenet.find_mini_imagenet, mini_imagenet.load_mini_imagenet),
 }
 _LIST = "list"
@@ -73,6 +76,7 @@ def load(source: Any, *, skip_bad: bool = False, download: bool = False, **optio
     | folder | ImageNet32 as npz: `fastcil.data.imagenet32.load_imagenet32` | |
     | folder | MIT-67, ``Images`` and its two lists: `fastcil.data.mit67.load_mit67` | |
     | ``"food101"`` or folder | its ``images`` and ``meta``: `fastcil.data.food101` | |
+    | ``"cub200"`` or folder | ``images`` and its lists: `fastcil.data.cub200` | |
     | ``"mini-imagenet"`` or folder | `fastcil.data.mini_imagenet` | |
     | ``"imagenet"`` or folder | ``train``, ``val``, or Kaggle's: `fastcil.data.imagenet` | list |
     | ``"imagenet100"`` | a folder of its own, or classes of ImageNet | list |

@@ -7,6 +7,12 @@ the first five sixths are for training (500) and the last sixth for testing (100
 - `images/*.jpg` and `train.csv`, `val.csv`, `test.csv`, lines `filename,label` of 64, 16 and 20
   classes (Ravi and Larochelle 2017): in the order of the lists;
 - `<class>/*.jpg`, here or in `images/`, or in `train/`, `val/` and `test/`: by file name.
+
+Where a list `train.csv` and a list `test.csv`, or folders `train/` and `test/`, have classes in
+common, they say themselves which images are for training and which for testing, as in few-shot
+class-incremental learning: `train/<class>/*.jpg` and `test/<class>/*.jpg` with 500 and 100 images
+of each class (Tao et al. 2020), or `images/*.jpg` and two lists of 100 classes, often in `split/`
+(Zhang et al. 2021).
 """
 
 from __future__ import annotations
@@ -27,9 +33,10 @@ from fastcil.errors import DataError
 NAME = "mini-imagenet"
 FOLDERS = (
     *("mini-imagenet", "mini_imagenet", "miniImageNet", "miniimagenet", "mini-ImageNet"),
-    *("MiniImageNet", "Mini-ImageNet"),
+    *("MiniImageNet", "Mini-ImageNet", "MINI-ImageNet"),
 )
 _IMAGES = "images"
+_SPLIT = "split"
 _SPLITS = ("train", "val", "test")
 _CLASSES = 100
 _SIXTH = 6
@@ -85,7 +92,7 @@ def is_mini_imagenet(path: Path) -> bool:
 
 
 def load_mini_imagenet(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) -> Dataset:
-    """Read all classes, the last sixth of each one's images for testing.
+    """Read all classes, the last sixth of each one's images for testing, or those said to be.
 
     Args:
         path: the folder.
@@ -111,21 +118,54 @@ def load_mini_imagenet(path: Path, *, skip_bad: bool = False, subset: Subset = W
         >>> data.class_names, len(data.train), len(data.test)
         (('n1', 'n2'), 10, 2)
     """
-    files = _listed(path) if _lists(path) else _by_folder(path)
-    if not files:
+    found = _listed(path) if _lists(path) else _by_folder(path)
+    if not any(found.values()):
         raise DataError(_nothing(path))
-    names = sorted(files)
+    by_part, what = _divided(path, found)
+    names = sorted({*by_part[0], *by_part[1]})
     names = [names[k] for k in subset.keep(len(names), str(path), least=2)]
     listing = Listing(path)
-    listing.files.update((f, path.joinpath(*f)) for name in names for f in files[name])
+    for files in by_part:
+        listing.files.update((f, path.joinpath(*f)) for fs in files.values() for f in fs)
     skipped: list[str] = []
-    parts = []
-    for part, per_class in ((0, subset.train_per_class), (1, subset.test_per_class)):
-        mine = {name: _split(files[name])[part] for name in names}
-        parts.append(read_files(listing, subset.files(mine, per_class), names, skip_bad, skipped))
-    what = ("the first five sixths of its images", "the last sixth of its images")
-    train, test = parts
-    return assemble(subset.name(NAME), str(path), train, test, names, what, skip_bad, skipped)
+    read: list[str] = []
+    train, test = (
+        read_files(listing, subset.files(files, per_class), names, skip_bad, skipped, kept)
+        for files, per_class, kept in (
+            (by_part[0], subset.train_per_class, read),
+            (by_part[1], subset.test_per_class, None),
+        )
+    )
+    title = subset.name(NAME)
+    return assemble(title, str(path), train, test, names, what, skip_bad, skipped, read)
+
+
+_Files = dict[str, list[Parts]]
+"""Class name to its images."""
+
+
+def _divided(path: Path, found: dict[str, _Files]) -> tuple[tuple[_Files, _Files], tuple[str, str]]:
+    """Images for training and for testing, and what these parts are called."""
+    train, test = found.get("train", {}), found.get("test", {})
+    listed = bool(_lists(path))
+    if train.keys() & test.keys():
+        return (train, test), ("train.csv", "test.csv") if listed else ("train", "test")
+    missing = [f"{split}.csv" for split in _SPLITS if listed and split not in found]
+    if missing:
+        raise DataError(
+            f"{path} has no {missing[0]}; all three lists are needed, for the classes of each are"
+            f" learned"
+        )
+    together: _Files = {}
+    for files in found.values():
+        for name, mine in files.items():
+            together.setdefault(name, []).extend(mine)
+    halves = {name: _split(files) for name, files in together.items()}
+    parts = tuple({name: both[k] for name, both in halves.items()} for k in (0, 1))
+    return (parts[0], parts[1]), (
+        "the first five sixths of its images",
+        "the last sixth of its images",
+    )
 
 
 def _split(files: list[Parts]) -> tuple[list[Parts], list[Parts]]:
@@ -134,22 +174,19 @@ def _split(files: list[Parts]) -> tuple[list[Parts], list[Parts]]:
     return files[:-held_out], files[-held_out:]
 
 
-def _lists(path: Path) -> list[Path]:
-    """Which of the three lists there are."""
-    return [path / f"{split}.csv" for split in _SPLITS if (path / f"{split}.csv").is_file()]
+def _lists(path: Path) -> dict[str, Path]:
+    """Which of the three lists there are, beside the images or in a folder of their own."""
+    places = {split: (path / f"{split}.csv", path / _SPLIT / f"{split}.csv") for split in _SPLITS}
+    found = {split: [f for f in files if f.is_file()] for split, files in places.items()}
+    return {split: files[0] for split, files in found.items() if files}
 
 
-def _listed(path: Path) -> dict[str, list[Parts]]:
-    """Class name to its images, in the order of the lists."""
-    missing = [f"{split}.csv" for split in _SPLITS if not (path / f"{split}.csv").is_file()]
-    if missing:
-        raise DataError(
-            f"{path} has no {missing[0]}; all three lists are needed, for the classes of each are"
-            f" learned"
-        )
-    files: dict[str, list[Parts]] = {}
+def _listed(path: Path) -> dict[str, _Files]:
+    """List to class name to its images, in the order of the list."""
+    found: dict[str, _Files] = {}
     listed: set[str] = set()
-    for file in _lists(path):
+    for split, file in _lists(path).items():
+        files = found.setdefault(split, {})
         try:
             with open(file, encoding="utf-8-sig", newline="") as lines:
                 rows = [row for row in csv.reader(lines) if row]
@@ -170,23 +207,24 @@ def _listed(path: Path) -> dict[str, list[Parts]]:
                 )
             listed.add(row[0])
             files.setdefault(row[1], []).append((_IMAGES, row[0]))
-    return files
+    return found
 
 
-def _by_folder(path: Path) -> dict[str, list[Parts]]:
-    """Class name to its images in class folders, part by part, sorted."""
+def _by_folder(path: Path) -> dict[str, _Files]:
+    """Part to class name to its images in class folders, sorted."""
     if not path.is_dir():
         return {}
     inner = [_IMAGES] if (path / _IMAGES).is_dir() else list(_SPLITS)
     roots: list[Parts] = [(name,) for name in inner if (path / name).is_dir()] or [()]
-    files: dict[str, list[Parts]] = {}
+    found: dict[str, _Files] = {}
     for root in roots:
+        files = found.setdefault("/".join(root), {})
         for name in _folders(path.joinpath(*root)):
             inside = path.joinpath(*root, name)
             images = sorted(file for file in os.listdir(inside) if is_image((file,)))
             if images:
-                files.setdefault(name, []).extend((*root, name, file) for file in images)
-    return files
+                files[name] = [(*root, name, file) for file in images]
+    return found
 
 
 def _folders(path: Path) -> list[str]:

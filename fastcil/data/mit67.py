@@ -69,15 +69,16 @@ def load_mit67(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) ->
     for files in listed.values():
         listing.files.update((f, path / _IMAGES / "/".join(f)) for fs in files.values() for f in fs)
     skipped: list[str] = []
+    read: list[str] = []
     train, test = (
-        read_files(listing, subset.files(listed[part], per_class), names, skip_bad, skipped)
-        for part, per_class in (
-            ("train", subset.train_per_class),
-            ("test", subset.test_per_class),
+        read_files(listing, subset.files(listed[part], per_class), names, skip_bad, skipped, found)
+        for part, per_class, found in (
+            ("train", subset.train_per_class, read),
+            ("test", subset.test_per_class, None),
         )
     )
-    parts = (_LISTS["train"], _LISTS["test"])
-    return assemble(subset.name("mit67"), str(path), train, test, names, parts, skip_bad, skipped)
+    title, parts = subset.name("mit67"), (_LISTS["train"], _LISTS["test"])
+    return assemble(title, str(path), train, test, names, parts, skip_bad, skipped, read)
 
 
 def _list(path: Path, name: str) -> Path | None:

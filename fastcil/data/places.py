@@ -79,8 +79,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         return folder / path
     raise DataError(
         f"{path} does not exist ({describe_data_folder()}); give the path of a folder, .tar or"
-        ' .npz, or one of "scenes", "cifar10", "cifar100", "food101", "imagenet", "imagenet100",'
-        ' "mini-imagenet"'
+        ' .npz, or one of "scenes", "cifar10", "cifar100", "cub200", "food101", "imagenet",'
+        ' "imagenet100", "mini-imagenet"'
     )
 
 

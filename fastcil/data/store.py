@@ -297,9 +297,11 @@ class Dataset:
         train_boxes: int16 [N, 4], the objects' true boxes in the training images, if known.
         test_boxes: The same for the test images.
         skipped: Files that could not be used, each with its reason.
+        train_files: What each training image is called on disk, where it is a file: its path from
+            the folder of its class on, ``<class>/<file>``. Published lists name images so.
 
     Raises:
-        FastcilError: A label without a name, or not one box per image.
+        FastcilError: A label without a name, or not one box or file per image.
     """
 
     name: str
@@ -309,6 +311,7 @@ class Dataset:
     train_boxes: Tensor | None = None
     test_boxes: Tensor | None = None
     skipped: tuple[str, ...] = ()
+    train_files: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for part, examples in (("train", self.train), ("test", self.test)):
@@ -329,6 +332,11 @@ class Dataset:
                     f"{name} has shape {tuple(boxes.shape)} for {len(examples)} images; "
                     f"it must be [{len(examples)}, 4]."
                 )
+        if self.train_files is not None and len(self.train_files) != len(self.train):
+            raise FastcilError(
+                f"train_files has {len(self.train_files)} names for {len(self.train)} images; "
+                f"give one for each."
+            )
 
 
 def gather_bytes(buffer: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:

@@ -201,7 +201,8 @@ class Subset:
             data: the whole.
 
         Returns:
-            A copy of the part, true boxes included; the whole itself if that is all of it.
+            A copy of the part, true boxes and names of files included; the whole itself if that is
+            all of it.
 
         Raises:
             DataError: If it has no such class, or fewer than two are taken.
@@ -217,7 +218,7 @@ class Subset:
         if self == Subset():
             return data
         keep = self.keep(len(data.class_names), f"'{data.name}'", least=2)
-        parts, boxes = [], []
+        parts, boxes, taken = [], [], []
         for examples, its_boxes, per_class in (
             (data.train, data.train_boxes, self.train_per_class),
             (data.test, data.test_boxes, self.test_per_class),
@@ -225,6 +226,8 @@ class Subset:
             rows, labels = self.rows(examples.labels, keep, per_class)
             parts.append(Examples(examples.images.select(rows), labels))
             boxes.append(None if its_boxes is None else its_boxes[rows])
+            taken.append(rows)
+        files = data.train_files
         return replace(
             data,
             name=self.name(data.name),
@@ -233,6 +236,7 @@ class Subset:
             class_names=tuple(data.class_names[k] for k in keep),
             train_boxes=boxes[0],
             test_boxes=boxes[1],
+            train_files=None if files is None else tuple(files[k] for k in taken[0].tolist()),
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, Namespace
 
 from fastcil.contract import nearest
 from fastcil.engine.options import build_groups, check_keys, config_types, explain
@@ -27,7 +27,8 @@ class RunArguments:
         data: ``scenes``, a folder, ``.tar`` or ``.npz``, ``cifar100``, ``cifar10``; a part of
             one as in ``cifar100:classes=0-49``.
         scenario: ``lfs-N``, ``lfh-N``, ``bA-incB``, ``task-N`` or ``data-N``; with ``-online``
-            behind it stages pass over new images once.
+            behind it stages pass over new images once. Few-shot sessions: ``few-60-5x5`` (60
+            classes, then 5 at a time with 5 images of each), or ``few:FOLDER`` of session lists.
         memory: ``64MiB``, ``"2000 images"``, ``"20 images/class"``, ``none``, ``unlimited``.
         codec: How exemplars are stored, if no addon says; set under its name (--jpeg.quality).
         seeds: Comma-separated.
@@ -83,6 +84,9 @@ with LeakyReLU, as Shon et al. (2022) do: --network.weights=OLD.safetensors
 --network.activation=leaky --epochs=1 --lr=1e-4"""
 
 
+_SHARE = "Let the first method train the first task, once per seed, and the others take it over"
+
+
 def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The keyword arguments of `fastcil.train` or `fastcil.compare`.
 
@@ -115,6 +119,10 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     kind = str if command == "train" else str | list[str] | dict[str, Any]
     parser.add_argument(f"--{which}", type=kind, default=default)
     parser.add_class_arguments(RunArguments)
+    if command == "compare":
+        parser.add_argument(
+            "--share_first_task", action=ActionYesNo, nargs="?", default=False, help=_SHARE
+        )
     if is_run_preset(preset):
         parser.set_defaults(preset_arguments(preset))
     for name, cls in types.items():
@@ -126,6 +134,8 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     options["seeds"] = _seeds(options["seeds"])
     options[which] = methods
     # A dash in a name is an underscore in what was parsed.
+    if command == "compare":
+        options["share_first_task"] = parsed["share_first_task"]
     return {**options, **{name: parsed[name.replace("-", "_")] for name in types}}
 
 

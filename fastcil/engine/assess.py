@@ -10,7 +10,7 @@ import torch
 from fastcil.data import Examples, load
 from fastcil.engine.evaluate import count_correct
 from fastcil.engine.learner import Learner
-from fastcil.engine.run import LEARNER
+from fastcil.engine.seed_run import LEARNER
 from fastcil.errors import FastcilError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from fastcil.engine.epoch_choice import PAPER_MODE, choice_notes
+from fastcil.engine.first_task import share_first_task as share
 from fastcil.engine.metrics import mean_interval
 from fastcil.engine.needs import announce
 from fastcil.engine.options import (
@@ -22,7 +24,7 @@ from fastcil.engine.options import (
 from fastcil.engine.plan import Plan, claim, make_plan
 from fastcil.engine.preset_files import is_run_preset
 from fastcil.engine.presets import merge_options, preset_arguments
-from fastcil.engine.result import Result
+from fastcil.engine.result import Result, rounded
 from fastcil.engine.run import run_plan
 from fastcil.engine.scenario import Scenario
 from fastcil.engine.state import write_atomically
@@ -30,6 +32,8 @@ from fastcil.engine.variants import Methods, parse_variants
 from fastcil.memory import Budget
 
 _MEASURES = ("average", "last", "forgetting", "bwt")
+SESSION_MEASURES = {"base": "base %", "novel": "novel %", "harmonic": "harmonic", "drop": "drop"}
+"""What few-shot streams are asked for besides: measure -> heading of its column."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Row:
         seconds: Wall time.
         transfer: Forward transfer, mean and half-width; None where it was not measured, and for
             readouts beside the method's own.
+        sessions: Of a few-shot stream (mean, half-width) of `SESSION_MEASURES`, empty else.
     """
 
     method: str
@@ -61,6 +66,7 @@ class Row:
     all_nbytes: int
     seconds: float
     transfer: tuple[float, float | None] | None = None
+    sessions: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
 
 class Comparison:
@@ -80,6 +86,33 @@ class Comparison:
     def memories(self) -> list[str]:
         """The budgets, each once; a single one is that of every method."""
         return list(dict.fromkeys(str(r.config["memory"]) for r in self.results.values()))
+
+    @property
+    def few_shot(self) -> bool:
+        """Whether the stream is few-shot."""
+        return next(iter(self.results.values())).few_shot
+
+    def label(self, method: str) -> str:
+        """What tables call a method: paper mode, which looks at test images, is always named."""
+        return method + PAPER_MODE * (self.results[method].epoch_choice == "paper")
+
+    def shown(self, row: Row) -> str:
+        """What tables call a row."""
+        own = row.readout == self.results[row.method].readouts[0]
+        return self.label(row.method) if own else f"  {row.readout}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be said with every table: how epochs were chosen, what was not trained."""
+        notes = choice_notes({m: result.epoch_choice for m, result in self.results.items()})
+        configs = [result.config for result in self.results.values()]
+        donors = {str(config["first_task"]) for config in configs if "first_task" in config}
+        notes += [
+            f"The first task was trained once per seed, by {donor}, and taken over by the others, "
+            f"whose time leaves it out."
+            for donor in sorted(donors)
+        ]
+        return notes
 
     def rows(self) -> list[Row]:
         """One row per method and readout."""
@@ -113,12 +146,16 @@ class Comparison:
             all_nbytes=max(n["all"] for n in last),
             seconds=result.seconds,
             transfer=mean_interval(ahead) if told else None,
+            sessions={m: mean_interval(result.per_seed(m, readout)) for m in SESSION_MEASURES}
+            if result.few_shot
+            else {},
         )
 
     def table(self) -> Table:
         """The rows as a `rich` table; means with 95 % half-widths where there are three seeds."""
         base, rows = next(iter(self.results)), self.rows()
-        table = Table(title=f"mean of {rows[0].seeds} seed(s); difference to {base}, paired")
+        title = f"mean of {rows[0].seeds} seed(s); difference to {base}, paired"
+        table = Table(title=title, caption="\n".join(self.notes) or None)
         table.add_column("method", no_wrap=True)
         transfer = any(row.transfer for row in rows)
         own_memory = len(self.memories) > 1
@@ -128,9 +165,8 @@ class Comparison:
             table.add_column(heading, justify="right", no_wrap=True)
         for row in rows:
             result = self.results[row.method]
-            own = row.readout == result.readouts[0]
             table.add_row(
-                row.method if own else f"  {row.readout}",
+                self.shown(row),
                 *(_figure(*row.measures[measure]) for measure in _MEASURES),
                 *[_figure(*row.transfer) if row.transfer else ""] * transfer,
                 _figure(*row.differences["average"], sign=True) if row.differences else "",
@@ -142,17 +178,49 @@ class Comparison:
             )
         return table
 
+    def sessions_table(self) -> Table | None:
+        """The rows of a few-shot stream by session, as papers print them; None of other streams.
+
+        Accuracy on all classes seen after each session, the base session's being 0, mean over
+        seeds; then the figures after the last.
+        """
+        if not self.few_shot:
+            return None
+        title = "accuracy % on all classes seen, after each session"
+        table = Table(title=title, caption="\n".join(self.notes) or None)
+        table.add_column("method", no_wrap=True)
+        sessions = range(len(next(iter(self.results.values())).curve()))
+        for heading in (*map(str, sessions), *SESSION_MEASURES.values()):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self.rows():
+            result = self.results[row.method]
+            table.add_row(
+                self.shown(row),
+                *(f"{accuracy:.2f}" for accuracy in result.curve(row.readout)),
+                *(_figure(*row.sessions[measure]) for measure in SESSION_MEASURES),
+            )
+        return table
+
     def save(self, path: Path) -> None:
         """Writes rows, curves and environment as JSON, atomically."""
         content = {
             "environments": {m: result.environment for m, result in self.results.items()},
             "configs": {method: result.config for method, result in self.results.items()},
             "rows": [row.__dict__ for row in self.rows()],
+            "notes": self.notes,
             "curves": {
                 method: {name: np.round(result.curve(name), 3).tolist() for name in result.readouts}
                 for method, result in self.results.items()
             },
         }
+        if self.few_shot:
+            content["sessions"] = {
+                method: {
+                    readout: {m: rounded(curve) for m, curve in result.sessions(readout).items()}
+                    for readout in result.readouts
+                }
+                for method, result in self.results.items()
+            }
         write_atomically(path, json.dumps(content, indent=1).encode())
 
 
@@ -173,6 +241,7 @@ def compare(
     preset: str | Path | None = None,
     *,
     backbone: Callable[[], torch.nn.Module] | None = None,
+    share_first_task: bool = False,
     **options: Any,
 ) -> Comparison:
     """Runs methods x seeds at equal memory, unless variants have budgets of their own.
@@ -193,6 +262,9 @@ def compare(
         run_dir: Each method's run goes into a folder of its name or label there.
         preset: See `fastcil.train`; a name concerns the methods that have a preset of that name.
         backbone: See `fastcil.train`.
+        share_first_task: Whether the first method alone trains the first task, once per seed, and
+            the others take its network over (see `fastcil.engine.first_task.share_first_task`);
+            refused, with the reason, where one of them can't.
         **options: Dotted option names; a method's options go to that method only, and to every
             variant of it. What a variant says of its own wins over these.
 
@@ -228,11 +300,13 @@ def compare(
             plan.data_name = str(data)
         plans[variant.label] = plan
     folder = Path(run_dir) if run_dir is not None else None
+    firsts = share(plans, folder) if share_first_task else None
     if folder:
         for label, plan in plans.items():
             claim(folder / label, plan)
     results = {
-        label: run_plan(plan, folder / label if folder else None) for label, plan in plans.items()
+        label: run_plan(plan, folder / label if folder else None, firsts)
+        for label, plan in plans.items()
     }
     comparison = Comparison(results, folder)
     if folder is not None:

@@ -32,6 +32,7 @@ _EXTRAS = {
     "onnxscript": "export to ONNX",
     "onnxruntime": "running exported ONNX models",
     "tensorboard": "TensorBoard logs",
+    "sklearn": "t-SNE of features",
     "pytorch_msssim": "MS-SSIM of codecs",
     "imagecodecs": "JPEG XL beside codecs",
 }

@@ -84,8 +84,17 @@ class EngineOptions:
         batch_size: Replaces every recipe's batch size; None leaves them.
         scan_batch: Images per step of evaluation, selection and box making.
         knn: Neighbours that vote in a readout ``knn``, a probe of the features; 0 for none.
+        tsne: Whether to lay out features of the last task in the plane, by t-SNE (an extra).
         forward_transfer: Whether to measure forward transfer (Lopez-Paz and Ranzato 2017), which
             takes one more look at each task's test images, before the task is trained.
+        epoch_choice: Which epoch of a few-shot session is kept: the best on ``held-out`` images,
+            one of each class, base classes included, which are not trained on; that of the papers'
+            ``select_best2`` rule on test images, ``paper``, named so wherever its figures stand; or
+            the ``last``. See `fastcil.engine.epoch_choice`.
+        epoch_choice_every: Epochs from one that is judged to the next; the last always is.
+        exemplars_of: Whether memory keeps exemplars of ``all`` tasks, or of the ``first`` alone, as
+            few-shot streams do where later tasks bring too few images to choose from (Tao et al.
+            2020); a method that keeps everything does so all the same.
         checkpoint_seconds: Least time between two checkpoints within a task; 0 for every step.
         order_seed: Seed of the class order; None keeps the data set's.
         init_seed: Seed of weights; None is the run's seed.
@@ -101,7 +110,11 @@ class EngineOptions:
     batch_size: int | None = None
     scan_batch: int = 256
     knn: int = 0
+    tsne: bool = False
     forward_transfer: bool = False
+    epoch_choice: Literal["held-out", "paper", "last"] = "held-out"
+    epoch_choice_every: int = 1
+    exemplars_of: Literal["all", "first"] = "all"
     checkpoint_seconds: float = 60.0
     order_seed: int | None = 1993
     init_seed: int | None = None
@@ -116,7 +129,7 @@ class EngineOptions:
                 f"engine.epoch_scale is {self.epoch_scale}; it must be a positive number."
             )
         for names, least in (
-            (("batch_size", "scan_batch", "threads"), 1),
+            (("batch_size", "scan_batch", "threads", "epoch_choice_every"), 1),
             (("order_seed", "init_seed", "data_seed", "checkpoint_seconds", "knn"), 0),
         ):
             for name in names:

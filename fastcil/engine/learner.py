@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastcil.contract import Method, Task, evaluating
 from fastcil.data import Examples, ImageStore, load_examples
 from fastcil.engine.events import Listener
 from fastcil.engine.export import export_method
-from fastcil.engine.lesson import Lesson
+from fastcil.engine.lesson import FirstTask, Lesson
 from fastcil.engine.options import Settings, make_settings
 from fastcil.engine.parts import Parts
 from fastcil.engine.progress import make_progress
@@ -115,19 +115,24 @@ class Learner:
         """What is kept of the classes learned."""
         return self.parts.memory
 
-    def learn(self, data: Any, *, names: Sequence[str] | None = None) -> Learner:
+    def learn(
+        self, data: Any, *, names: Sequence[str] | None = None, few_shot: bool = False
+    ) -> Learner:
         """Adds the classes of ``data``; if that fails, the learner is as it was before.
 
         Args:
             data: A folder or ``.tar`` of ``<class>/...`` images, a dict from class name to
                 images, arrays ``(x, y)``, or anything else `fastcil.data.load_examples` reads.
             names: Class names for arrays, one for each label that occurs, in ascending order.
+            few_shot: Whether these are a few images of each class, of which one is held out to
+                choose the epoch on, unless ``engine.epoch_choice`` is ``last``.
 
         Returns:
             The learner itself.
 
         Raises:
-            FastcilError: Data that can't be used, or a class that is known already.
+            FastcilError: Data that can't be used, or a class that is known already; ``few_shot``
+                where ``engine.epoch_choice`` is ``paper``, which wants test images.
         """
         examples, found = load_examples(data, skip_bad=self.settings.groups["load"].skip_bad)
         if names is not None:
@@ -137,7 +142,7 @@ class Learner:
                     f"give each class a name of its own."
                 )
             found = tuple(names)
-        task = self.next_task(examples, found)
+        task = replace(self.next_task(examples, found), few_shot=few_shot)
         tell = make_progress(self.settings.engine.progress)
         tell("run", {"method": self.settings.method, "tasks": 1})
         tell("task", {"task": task.index, "tasks": task.index + 1})
@@ -189,7 +194,9 @@ class Learner:
         save: Callable[[Trainer], None] | None = None,
         resume: dict[str, Any] | None = None,
         begun: Callable[[Task], None] | None = None,
-    ) -> None:
+        judges: Examples | None = None,
+        first: FirstTask | None = None,
+    ) -> Lesson:
         """Trains on one task and updates memory; evaluation and `Method.release` are left.
 
         Args:
@@ -200,13 +207,20 @@ class Learner:
             resume: A trainer's state to go on from, this learner having been restored to the
                 same moment; None to begin.
             begun: Called before the task is trained; see `Lesson`.
+            judges: Images to choose the epochs of a few-shot session on; see `Lesson`.
+            first: Called instead of training the first task; see `Lesson`.
+
+        Returns:
+            The lesson, which knows how epochs were chosen.
         """
         threads = self.settings.engine.threads
         if threads is not None:
             torch.set_num_threads(threads)
-        Lesson(self.parts, self.settings, self.seed, tell, save, begun).run(task, resume)
+        lesson = Lesson(self.parts, self.settings, self.seed, tell, save, begun, judges, first)
+        lesson.run(task, resume)
         self.class_names += tuple(names)
         self.tasks.append(len(names))
+        return lesson
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held for old tasks, by entry; those the budget counts are under ``budgeted``.

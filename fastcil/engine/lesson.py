@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from fastcil.contract import Stage, Task, evaluating
+from fastcil.contract import Method, Stage, Task, evaluating
+from fastcil.data import Examples
+from fastcil.engine.epoch_choice import EpochChoice, plan_choice
 from fastcil.engine.events import Listener
 from fastcil.engine.online import see_once
 from fastcil.engine.options import Settings
@@ -18,6 +20,9 @@ from fastcil.engine.state import random_state, set_random_state
 from fastcil.engine.trainer import Trainer
 
 _INIT, _DATA, _SELECT, _REFINE = 0, 1, 2, 3
+
+FirstTask = Callable[[Method, Callable[[], None]], None]
+"""Teaches a method its first task, by calling the function that trains it or in another way."""
 
 
 @dataclass
@@ -32,6 +37,11 @@ class Lesson:
         save: Called between steps; see `Trainer`.
         begun: Called with the task once there is room for its classes, before it is trained; not
             called again where a lesson is resumed.
+        judges: Images to choose the epochs of a few-shot session on; see `plan_choice`.
+        first: Called instead of training, where the task is the first; None: train it.
+
+    Attributes:
+        choice: How the epochs of a few-shot session were chosen; None where they were not.
     """
 
     parts: Parts
@@ -40,6 +50,9 @@ class Lesson:
     tell: Listener
     save: Callable[[Trainer], None] | None = None
     begun: Callable[[Task], None] | None = None
+    judges: Examples | None = None
+    first: FirstTask | None = None
+    choice: EpochChoice | None = field(default=None, init=False)
 
     def run(self, task: Task, resume: dict[str, Any] | None = None) -> None:
         """Trains on the task, updates memory, refines what it holds.
@@ -48,6 +61,7 @@ class Lesson:
             task: The new data; its exemplars are what memory holds.
             resume: What `progress` gave, the parts having been restored to the same moment.
         """
+        task = self._plan_choice(task)
         if resume is None:
             task = self._begin(task)
         self.parts.to_device()
@@ -74,6 +88,22 @@ class Lesson:
             "remembered": trainer.key[0] == _REFINE,
         }
 
+    def _plan_choice(self, task: Task) -> Task:
+        """Without the images that epochs are chosen on; resumed, the same ones."""
+        parts, engine = self.parts, self.settings.engine
+        seed = self.seed if engine.data_seed is None else engine.data_seed
+        self.choice, task = plan_choice(
+            task,
+            engine.epoch_choice,
+            engine.epoch_choice_every,
+            parts.learners,
+            parts.context,
+            seed,
+            self.judges,
+            self.tell,
+        )
+        return task
+
     def _begin(self, task: Task) -> Task:
         """Makes room for the task's classes."""
         task = self.parts.with_room(task)
@@ -91,15 +121,26 @@ class Lesson:
 
     def _learn(self, task: Task, resume: dict[str, Any] | None) -> None:
         """The method's stages, as the addons changed them, and memory's update."""
-        stages = self.parts.method.stages(task)
-        for addon in self.parts.addons:
-            stages = addon.stages(task, stages)
-        see_once(stages, task)
-        self._train(stages, self._key(_DATA, task), resume)
+
+        def train() -> None:
+            self._train(self._stages(task), self._key(_DATA, task), resume)
+
+        if task.first and self.first is not None:
+            self.first(self.parts.method, train)
+        else:
+            train()
         if task.first and self.settings.groups["network"].norms == "first":
             self.parts.method.network.freeze_norms()
         self.tell("remember", {"task": task.index})
         self._remember(task)
+
+    def _stages(self, task: Task) -> list[Stage]:
+        """What the method and its addons describe."""
+        stages = self.parts.method.stages(task)
+        for addon in self.parts.addons:
+            stages = addon.stages(task, stages)
+        see_once(stages, task)
+        return stages
 
     def _refine(self, task: Task, resume: dict[str, Any] | None) -> None:
         """The addons' stages on the exemplars that memory holds now, and what came of them."""
@@ -129,6 +170,7 @@ class Lesson:
             precision=engine.precision,
             compiled=engine.compile,
             save=self.save,
+            choice=self.choice,
         )
         if resume is not None:
             set_random_state(resume["random"])
@@ -139,6 +181,9 @@ class Lesson:
     def _remember(self, task: Task) -> None:
         """Chooses exemplars by the method's features, in the form they will be kept."""
         parts, marks = self.parts, None
+        if self.settings.engine.exemplars_of == "first" and not task.first:
+            self._keep_first(task)
+            return
         with evaluating(parts.method):
             parts.prepare_memory(task)
             for addon in parts.addons:
@@ -152,3 +197,21 @@ class Lesson:
                 seed=mix(*self._key(_SELECT, task)),
                 chosen=parts.method.chosen() if parts.method.selection == "own" else None,
             )
+
+    def _keep_first(self, task: Task) -> None:
+        """Keeps the exemplars of the first task, shared out as then, as far as there is room."""
+        parts, labels = self.parts, self.parts.memory.examples().labels
+        parts.offered = None
+        if parts.memory.keeps == "everything":
+            parts.memory.update(
+                task, lambda examples: parts.context.scan(parts.method.embed, examples)
+            )
+            return
+        none = task.examples.select(torch.arange(0))
+        first = int(labels.max()) + 1 if len(labels) else task.known
+        parts.memory.update(
+            replace(task, examples=none, classes=(), known=first),
+            lambda examples: parts.context.scan(parts.method.embed, examples),
+            other_nbytes=parts.other_nbytes(),
+            chosen=torch.arange(len(labels)) if parts.method.selection == "own" else None,
+        )

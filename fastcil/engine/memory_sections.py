@@ -112,7 +112,7 @@ def records_section(comparison: Comparison) -> Html:
         plots, others = [], []
         for name, record in latest.items():
             shown = show_record(record, f"{method}: {name}")
-            if record["kind"] in ("curve", "matrix"):
+            if record["kind"] in ("curve", "matrix", "scatter"):
                 plots.append(shown)
             else:
                 others += [tag("h3", name), shown]

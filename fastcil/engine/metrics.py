@@ -123,6 +123,74 @@ def forward_transfer(ahead: Sequence[Mapping[str, int] | None]) -> float | None:
     return float(np.mean([100 * (t["correct"] / t["count"] - 1 / t["among"]) for t in later]))
 
 
+def base_and_novel(
+    correct: Sequence[Sequence[int]], count: Sequence[Sequence[int]], base: int
+) -> tuple[Array, Array]:
+    r"""Accuracy in percent on the first task's classes, and on all later ones, after each task.
+
+    .. math:: A^b_t = 100 \frac{\sum_{c \le B} n_{t,c}}{\sum_{c \le B} N_c}, \qquad
+              A^n_t = 100 \frac{\sum_{c > B} n_{t,c}}{\sum_{c > B} N_c}
+
+    with n_{t,c} of the N_c test images of class c right after task t, and B base classes: test
+    images are pooled, as in the accuracy on all classes seen that few-shot class-incremental
+    learning reports (Tao et al. 2020).
+
+    Args:
+        correct: [T][K_t] images of each known class classified correctly after task t.
+        count: [T][K_t] test images of each class.
+        base: Classes of the first task.
+
+    Returns:
+        Two arrays [T]; the second is NaN where no later class was learned.
+
+    Example:
+        >>> base_and_novel([[8, 6], [4, 6, 9]], [[10, 10], [10, 10, 10]], 2)
+        (array([70., 50.]), array([nan, 90.]))
+    """
+
+    def pooled(part: slice) -> Array:
+        sums = [(sum(r[part]), sum(n[part])) for r, n in zip(correct, count, strict=True)]
+        return np.array([100.0 * right / total if total else np.nan for right, total in sums])
+
+    return pooled(slice(base)), pooled(slice(base, None))
+
+
+def harmonic_mean(first: Array, second: Array) -> Array:
+    r"""Harmonic mean of two accuracies (Xian et al. 2017).
+
+    .. math:: H = \frac{2 A^b A^n}{A^b + A^n}
+
+    High only where both are; 0 where one is 0, NaN where one is NaN. Theirs is of classes seen in
+    training and not; few-shot class-incremental learning takes base and novel ones.
+
+    Args:
+        first: Accuracies [T].
+        second: Others [T].
+
+    Example:
+        >>> harmonic_mean(np.array([60.0, 60.0]), np.array([20.0, 0.0]))
+        array([30.,  0.])
+    """
+    total = first + second
+    return np.where(total == 0, 0.0, 2 * first * second / np.where(total == 0, 1.0, total))
+
+
+def performance_drop(curve: Array) -> float:
+    """Accuracy after the first task minus that after the last, in points (Zhang et al. 2021).
+
+    PD = A_0 - A_T, their "performance dropping rate" of few-shot class-incremental learning, of the
+    accuracy on all classes seen.
+
+    Args:
+        curve: Accuracies [T].
+
+    Example:
+        >>> performance_drop(np.array([64.0, 40.0, 30.0]))
+        34.0
+    """
+    return float(curve[0] - curve[-1])
+
+
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
     """Mean and half-width of its confidence interval over seeds.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # What `fastcil.train` and `compare` take beside options.
 ARGUMENTS = (
     *("method", "methods", "data", "scenario", "memory", "codec", "seeds", "device"),
-    *("run_dir", "preset", "backbone"),
+    *("run_dir", "preset", "backbone", "share_first_task"),
 )
 # How jsonargparse says that a value is of the wrong type: option, type, value.
 _COMPLAINTS = (

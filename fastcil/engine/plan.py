@@ -25,9 +25,13 @@ from fastcil.errors import FastcilError
 from fastcil.memory import Budget
 from fastcil.memory.checksum import checksum
 
+IDENTITY = "identity.yaml"
+
 # Options that change how a run is watched or how fast it is, not what it computes, but for the
 # last bits of sums that are cut into as many parts as there are threads.
 _FREE = ("progress", "tensorboard", "checkpoint_seconds", "threads", "scan_batch")
+# Those that say something of few-shot streams only.
+_FEW_SHOT = ("epoch_choice", "epoch_choice_every")
 
 
 @dataclass
@@ -35,7 +39,8 @@ class Plan:
     """Everything that decides what a run computes.
 
     ``codec_checksum`` is that of the codec's weights, if it has some: another file may have come to
-    stand where they were read.
+    stand where they were read. ``first_task`` is the label of the run whose first task this one
+    takes over, ``first_task_checksum`` that of its identity.
     """
 
     settings: Settings
@@ -48,6 +53,8 @@ class Plan:
     backbone: Callable[[], torch.nn.Module] | None = None
     preset: str | None = None
     codec_checksum: str | None = None
+    first_task: str | None = None
+    first_task_checksum: str = ""
 
     def config(self) -> dict[str, Any]:
         """As `config.yaml` holds it."""
@@ -60,13 +67,17 @@ class Plan:
             "seeds": list(self.seeds),
             "device": self.device,
             **({"preset": self.preset} if self.preset else {}),
+            **({"first_task": self.first_task} if self.first_task else {}),
             **{k: v for k, v in self.settings.as_dict().items() if k not in ("method", "codec")},
         }
 
     def identity(self) -> dict[str, Any]:
         """What an unfinished run must share to be gone on with."""
         config = self.config()
-        config["engine"] = {k: v for k, v in config["engine"].items() if k not in _FREE}
+        free = _FREE if self.scenario.few_shot else (*_FREE, *_FEW_SHOT)
+        config["engine"] = {k: v for k, v in config["engine"].items() if k not in free}
+        if self.first_task is not None:
+            config["first_task"] = f"that of {self.first_task}, crc32 {self.first_task_checksum}"
         for name in ("seeds", "load", "preset"):
             config.pop(name, None)
         config["images"] = fingerprint(self.dataset)
@@ -95,6 +106,7 @@ def _stream_fingerprint(scenario: Scenario) -> str:
     """A checksum that tells apart two streams of one name: each task's classes and images."""
     value = zlib.crc32(b"task-aware") if scenario.task_aware else 0
     value = zlib.crc32(b"online", value) if scenario.online else value
+    value = zlib.crc32(b"few-shot", value) if scenario.few_shot else value
     for arrival in scenario.arrivals:
         images = [] if arrival.images is None else arrival.images.tolist()
         value = zlib.crc32(repr((arrival.classes, images)).encode(), value)
@@ -125,6 +137,11 @@ def make_plan(
         raise FastcilError(
             "engine.tensorboard is True, which needs the package tensorboard; "
             "pip install 'fastcil[tensorboard]'."
+        )
+    if settings.engine.tsne and importlib.util.find_spec("sklearn") is None:
+        raise FastcilError(
+            "engine.tsne is True, which needs the package scikit-learn; "
+            "pip install 'fastcil[tsne]'."
         )
     groups = settings.groups
     dataset = load(data, skip_bad=groups["load"].skip_bad, download=groups["load"].download)
@@ -163,7 +180,7 @@ def claim(folder: Path, plan: Plan) -> None:
         FastcilError: It holds a run of another config, whose differences are named; or nothing
             can be written there.
     """
-    identity = folder / "identity.yaml"
+    identity = folder / IDENTITY
     now = _from_yaml(_to_yaml(plan.identity()))
     if identity.is_file():
         before = _from_yaml(identity.read_bytes())

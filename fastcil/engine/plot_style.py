@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,27 @@ def draw_band(axes: Axes, x: Array, seeds: Array, colour: str, bands: int) -> No
     """From the lowest of ``seeds`` [S, T] to the highest; fainter the more bands there are."""
     shade = 0.15 if bands <= 3 else 0.08
     axes.fill_between(x, seeds.min(0), seeds.max(0), color=colour, alpha=shade, lw=0)
+
+
+def draw_points(axes: Axes, groups: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """A dot for each point [x, y] of each group, without scales; the groups named above."""
+    for number, (name, points) in enumerate(groups.items()):
+        x, y = np.array(points, dtype=np.float64).T
+        colour = method_colour(number)
+        # A cloud of thousands is a picture in the SVG: as shapes it would outweigh the report.
+        axes.scatter(x, y, s=9, color=colour, alpha=0.7, lw=0, label=name, rasterized=True)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=3,
+        borderpad=0,
+    )
 
 
 def make_figure(width: float, height: float) -> Figure:

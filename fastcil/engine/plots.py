@@ -17,6 +17,7 @@ from fastcil.engine.plot_style import (
     SOFT,
     draw_band,
     draw_heat,
+    draw_points,
     finish,
     line_look,
     make_figure,
@@ -233,7 +234,7 @@ def plot_seconds(results: Results) -> Figure:
 
 
 def plot_record(record: Mapping[str, Any]) -> Figure:
-    """A record of kind ``curve`` or ``matrix``, in the plain form that results hold.
+    """A record of kind ``curve``, ``matrix`` or ``scatter``, in the plain form of results.
 
     Args:
         record: ``kind``, ``title`` and ``payload``; see `fastcil.contract.Record`.
@@ -256,6 +257,8 @@ def plot_record(record: Mapping[str, Any]) -> Figure:
             values = np.array(payload["values"], dtype=np.float64)
             rows, columns = ([str(n) for n in payload[side]] for side in ("rows", "columns"))
             draw_heat(figure, axes, values, rows, columns)
+        elif kind == "scatter":
+            draw_points(axes, payload["points"])
         else:
             raise FastcilError(f"record '{title}' is of kind '{kind}', which is not drawn as plot.")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -283,10 +286,13 @@ def _draw_lines(axes: Axes, payload: Mapping[str, Any]) -> None:
             ms=4,
             marker=look["marker"] if few else None,
         )
+    marks = payload.get("marks", {})
+    for name, x in marks.items():
+        axes.axvline(x, lw=1.2, ls="--", color=INK, label=name)
     axes.set_xlabel(payload.get("xlabel", ""))
     if all(float(v).is_integer() for v in payload["x"]):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(lines) > 1:
+    if len(lines) + len(marks) > 1:
         axes.set_ylabel(payload.get("ylabel", ""))
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     else:

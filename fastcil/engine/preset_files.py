@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -34,6 +35,8 @@ class Published:
         source: Paper and table.
         bwt: Backward transfer in points, as that paper averages it.
         exemplars: Exemplars held after the last task.
+        sessions: Accuracy on all classes known after each task, where it is told; the average is
+            then theirs, to two places.
     """
 
     method: str
@@ -42,6 +45,7 @@ class Published:
     source: str
     bwt: float | None = None
     exemplars: float | None = None
+    sessions: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def text(self) -> str:
@@ -205,11 +209,19 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _published(sources: Mapping[str, Mapping[str, Any]]) -> Iterator[Published]:
-    """Figures of ``source -> {method: average}``, ``[average, last]`` or a mapping of names."""
+    """Figures of ``source -> {method: average}``, ``[average, last]`` or a mapping of names.
+
+    Such a mapping may hold ``sessions``, from which average and last follow.
+    """
     for source, figures in sources.items():
         for method, figure in figures.items():
             if isinstance(figure, Mapping):
-                named = {"average": None, "last": None, **figure}
+                told = {key: value for key, value in figure.items() if key != "sessions"}
+                named = {"average": None, "last": None, **told}
+                sessions = tuple(figure.get("sessions", ()))
+                if sessions:
+                    mean = round(fmean(sessions), 2)
+                    named |= {"average": mean, "last": sessions[-1], "sessions": sessions}
             else:
                 both = figure if isinstance(figure, list) else (figure, None)
                 named = dict(zip(("average", "last"), both, strict=True))

@@ -12,7 +12,8 @@ from fastcil.engine.options import check_keys, flatten, nest
 from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.resolve import settle
 from fastcil.engine.result import Result
-from fastcil.engine.run import LEARNER, run_plan
+from fastcil.engine.run import run_plan
+from fastcil.engine.seed_run import LEARNER
 from fastcil.engine.weights import save_weights
 from fastcil.nn.lifecycle import linear_head
 

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fastcil.engine.epoch_choice import RULES
 from fastcil.engine.events import Listener
 
 
@@ -77,6 +78,18 @@ class TerminalProgress:
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _on_chosen(self, fields: dict[str, Any]) -> None:
+        old = "" if fields["old"] is None else f", old classes {fields['old']:.1f} %"
+        self._console.print(
+            f"{self._task} {fields['stage']}: epoch {fields['epoch'] + 1} of {fields['epochs']} "
+            f"chosen on {RULES[fields['rule']]}: new classes {fields['new']:.1f} %{old}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _on_shared(self, fields: dict[str, Any]) -> None:
+        self._console.print(f"{self._task}: as {fields['first_task']} trained it")
 
     def _on_evaluated(self, fields: dict[str, Any]) -> None:
         self._close()

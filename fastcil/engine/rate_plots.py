@@ -33,7 +33,8 @@ def plot_rate_distortion(
         x, y = zip(*sorted(points), strict=True)
         style = "--" if codec in dashed else "-"
         axes.plot(x, y, style, lw=1.7, label=codec, **line_look(number))
-    axes.set_xlim(left=0)
+    # From nothing on; of one rate alone the margin would be none.
+    axes.set_xlim(0, 1.05 * max(rate for points in curves.values() for rate, _ in points))
     axes.set_xlabel("bits per pixel")
     axes.set_ylabel(quality)
     name_lines(figure, axes)

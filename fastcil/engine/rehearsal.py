@@ -96,7 +96,7 @@ def rehearse(plan: Plan) -> list[RehearsedTask]:
         The first task, and the second if there is one.
     """
     before = random_state()
-    engine = replace(plan.settings.engine, compile=False, progress=False)
+    engine = replace(plan.settings.engine, compile=False, progress=False, epoch_choice="last")
     settings = replace(plan.settings, groups={**plan.settings.groups, "engine": engine})
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
@@ -227,6 +227,7 @@ def _task(plan: Plan, parts: Parts, number: int) -> Task:
         exemplars=parts.memory.examples(),
         name=f"rehearsal {number + 1}",
         online=plan.scenario.online,
+        few_shot=plan.scenario.few_shot and number > 0,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from fastcil import __version__
-from fastcil.engine import memory_sections, sections
+from fastcil.engine import few_shot_sections, memory_sections, sections
 from fastcil.engine.compare import Comparison
 from fastcil.engine.markup import Html, tag, text
 from fastcil.engine.result import Result
@@ -20,6 +20,7 @@ REPORT = "report.html"
 _SECTIONS = {
     "results": ("Results", sections.results_section),
     "accuracy": ("Accuracy", sections.accuracy_section),
+    "sessions": ("Few-shot sessions", few_shot_sections.sessions_section),
     "tasks": ("Accuracy by task", sections.matrix_section),
     "forgetting": ("Forgetting", sections.forgetting_section),
     "sweeps": ("Accuracy by setting", sections.sweeps_section),

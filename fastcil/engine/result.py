@@ -18,6 +18,17 @@ from fastcil.engine.state import write_atomically
 from fastcil.errors import FastcilError
 
 Array = NDArray[np.float64]
+_SESSIONS = ("base", "novel", "harmonic")
+
+
+def rounded(values: Array) -> list[float | None]:
+    """To three places, for JSON, which has no NaN.
+
+    Example:
+        >>> rounded(np.array([np.nan, 2 / 3]))
+        [None, 0.667]
+    """
+    return [None if np.isnan(value) else round(float(value), 3) for value in values]
 
 
 @dataclass
@@ -35,6 +46,9 @@ class TaskOutcome:
         seconds: Wall time of the task, training to evaluation.
         records: What method and addons left for the report, `fastcil.contract.Record` as dicts.
         task_aware: Whether each test image was compared only among the classes of its own task.
+        few_shot: Whether the task is of a few-shot stream, its base session included.
+        epoch_choice: How its epochs were chosen (see `fastcil.engine.epoch_choice.RULES`); None of
+            a task that is no few-shot session.
         ahead: Of the task's test images, how many of how many were classified correctly before
             anything was trained on them, among how many classes; None where it was not measured.
     """
@@ -48,6 +62,8 @@ class TaskOutcome:
     seconds: float
     records: list[dict[str, Any]] = field(default_factory=list)
     task_aware: bool = False
+    few_shot: bool = False
+    epoch_choice: str | None = None
     ahead: dict[str, int] | None = None
 
 
@@ -77,6 +93,18 @@ class SeedOutcome:
     def curve(self, readout: str | None = None, top: int = 1) -> Array:
         """Accuracy in percent on all known classes after each task, [T]."""
         return metrics.accuracy_curve(*self._columns(readout, top))
+
+    def sessions(self, readout: str | None = None) -> dict[str, Array]:
+        """The curves of few-shot learning, each [T]; NaN where no class came after the first task.
+
+        ``accuracy`` on all known classes, ``base`` on the first task's, ``novel`` on all later
+        ones, and the ``harmonic`` mean of these two.
+        """
+        columns = self._columns(readout, 1)
+        base, novel = metrics.base_and_novel(*columns, self.tasks[0].classes)
+        harmonic = metrics.harmonic_mean(base, novel)
+        accuracy = metrics.accuracy_curve(*columns)
+        return {"accuracy": accuracy, "base": base, "novel": novel, "harmonic": harmonic}
 
     @property
     def forward_transfer(self) -> float | None:
@@ -142,6 +170,16 @@ class Result:
         return self.outcomes[0].tasks[-1].task_aware
 
     @property
+    def few_shot(self) -> bool:
+        """Whether each task after the first brought a few images of each of its classes."""
+        return self.outcomes[0].tasks[-1].few_shot
+
+    @property
+    def epoch_choice(self) -> str | None:
+        """How epochs of few-shot sessions were chosen, ``held-out``, ``paper`` or ``last``."""
+        return self.outcomes[0].tasks[-1].epoch_choice
+
+    @property
     def data_incremental(self) -> bool:
         """Whether the first of several tasks brought all classes."""
         later = [task.classes for task in self.outcomes[0].tasks[1:]]
@@ -160,7 +198,8 @@ class Result:
 
         Args:
             measure: ``average``, ``last``, ``average_top5``, ``last_top5``, ``forgetting`` or
-                ``bwt``.
+                ``bwt``; after the last task, ``base``, ``novel`` or ``harmonic`` (see `sessions`);
+                or ``drop``.
             readout: Which way to classify; None for the method's own.
         """
         top = 5 if measure.endswith("top5") else 1
@@ -169,7 +208,10 @@ class Result:
             "last": lambda o: float(o.curve(readout, top)[-1]),
             "forgetting": lambda o: metrics.forgetting(o.accuracy_matrix(readout)),
             "bwt": lambda o: metrics.backward_transfer(o.accuracy_matrix(readout)),
+            "drop": lambda o: metrics.performance_drop(o.curve(readout)),
         }
+        if measure in _SESSIONS:
+            return [float(o.sessions(readout)[measure][-1]) for o in self.outcomes]
         return [compute[measure.removesuffix("_top5")](o) for o in self.outcomes]
 
     @property
@@ -191,6 +233,31 @@ class Result:
     def bwt(self) -> float:
         """See `fastcil.engine.metrics.backward_transfer`."""
         return float(np.mean(self.per_seed("bwt")))
+
+    def sessions(self, readout: str | None = None) -> dict[str, Array]:
+        """`SeedOutcome.sessions`, means over seeds."""
+        seeds = [outcome.sessions(readout) for outcome in self.outcomes]
+        return {name: np.mean([own[name] for own in seeds], axis=0) for name in seeds[0]}
+
+    @property
+    def base_accuracy(self) -> Array:
+        """Accuracy in percent on the first task's classes, pooled, after each task, [T]."""
+        return self.sessions()["base"]
+
+    @property
+    def novel_accuracy(self) -> Array:
+        """Accuracy in percent on all later classes, pooled, after each task, [T]; NaN at first."""
+        return self.sessions()["novel"]
+
+    @property
+    def harmonic_mean(self) -> Array:
+        """Of `base_accuracy` and `novel_accuracy`, seed by seed, [T]; NaN at first."""
+        return self.sessions()["harmonic"]
+
+    @property
+    def performance_drop(self) -> float:
+        """See `fastcil.engine.metrics.performance_drop`."""
+        return float(np.mean(self.per_seed("drop")))
 
     @property
     def forward_transfer(self) -> float | None:
@@ -242,9 +309,21 @@ class Result:
             if self.forward_transfer is None
             else round(self.forward_transfer, 3),
             "curve": [round(float(a), 3) for a in self.curve()],
+            **(self._few_shot_summary() if self.few_shot else {}),
             "exemplars": self.exemplars,
             "nbytes": self.nbytes,
             "seconds": round(self.seconds, 1),
+        }
+
+    def _few_shot_summary(self) -> dict[str, Any]:
+        """Figures that only few-shot streams are asked for."""
+        curves = self.sessions()
+        return {
+            "epoch_choice": self.epoch_choice,
+            "base_accuracy": rounded(curves["base"]),
+            "novel_accuracy": rounded(curves["novel"]),
+            "harmonic_mean": rounded(curves["harmonic"]),
+            "performance_drop": round(self.performance_drop, 3),
         }
 
     @classmethod
@@ -295,8 +374,16 @@ class Result:
         )
 
     def __repr__(self) -> str:
+        sessions = ""
+        if self.few_shot:
+            base, novel, both = (float(np.mean(self.per_seed(m))) for m in _SESSIONS)
+            sessions = (
+                f"base {base:.2f} %, novel {novel:.2f} %, harmonic mean {both:.2f}, "
+                f"drop {self.performance_drop:.2f}, "
+                + ("paper mode: epochs chosen on test images, " * (self.epoch_choice == "paper"))
+            )
         return (
             f"Result({self.config['method']}: average {self.average_accuracy:.2f} %, "
-            f"last {self.last_accuracy:.2f} %, {self.exemplars:.0f} exemplars, "
+            f"last {self.last_accuracy:.2f} %, {sessions}{self.exemplars:.0f} exemplars, "
             f"{self.nbytes:,} bytes)"
         )

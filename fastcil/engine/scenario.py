@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 from fastcil.data import Dataset, Examples
+from fastcil.engine.few_shot import (
+    LISTED,
+    draw_sessions,
+    is_few_shot,
+    read_sessions,
+    session_sizes,
+)
 from fastcil.errors import FastcilError
 
 _ONLINE = "-online"
@@ -35,8 +42,8 @@ class Scenario:
     """A stream of tasks over a data set.
 
     The type carries more than class-incremental streams: arrivals that name the same classes
-    again are data-incremental, arrivals with a few ``images`` each are few-shot, ``task_aware``
-    streams are scored within each task's classes, and ``online`` ones pass by once.
+    again are data-incremental, ``few_shot`` ones bring a few ``images`` of each class,
+    ``task_aware`` streams are scored within each task's classes, and ``online`` ones pass by once.
 
     A class belongs to the task in which it first arrives; the accuracy matrix's columns are those
     tasks. A ``task_aware`` stream lets every class arrive once, so that an image has one task.
@@ -50,12 +57,15 @@ class Scenario:
         online: Whether every stage that trains on a task's new images passes over them once, in
             one shuffle, whatever its recipe's length (see
             `fastcil.engine.online.see_once`).
+        few_shot: Whether every task but the first, the base session, brings a few images of each
+            of its classes (see `fastcil.engine.few_shot`).
     """
 
     name: str
     arrivals: tuple[Arrival, ...]
     task_aware: bool = False
     online: bool = False
+    few_shot: bool = False
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -82,11 +92,13 @@ def class_order(classes: int, seed: int | None) -> list[int]:
 def without_online(text: str) -> str:
     """A scenario's name without the ``-online`` that lets any stream pass by once.
 
+    The folder of session lists may be called as it likes.
+
     Example:
         >>> without_online("task-20-online"), without_online("lfs-5")
         ('task-20', 'lfs-5')
     """
-    return text.removesuffix(_ONLINE)
+    return text if text.startswith(LISTED) else text.removesuffix(_ONLINE)
 
 
 def split_classes(text: str, classes: int) -> list[int]:
@@ -99,10 +111,12 @@ def split_classes(text: str, classes: int) -> list[int]:
       with 10;
     - ``task-N``: as ``lfs-N``, task-incremental: the task of an image is known when predicting;
     - ``data-N``: data-incremental: all classes in the first of N tasks, which come again in the
-      others with images of their own (see `split_images`).
+      others with images of their own (see `split_images`);
+    - ``few-B-NxK``: few-shot: B classes with all their images, then N at a time with K images of
+      each, until they are used up (see `fastcil.engine.few_shot.draw_sessions`).
 
-    Behind each may stand ``-online``, as in ``task-20-online``: the same tasks, over whose
-    images stages pass once (`Scenario.online`).
+    Behind each but the last may stand ``-online``, as in ``task-20-online``: the same tasks, over
+    whose images stages pass once (`Scenario.online`).
 
     Raises:
         FastcilError: The name is none of these, or asks for more tasks than there are classes.
@@ -110,9 +124,11 @@ def split_classes(text: str, classes: int) -> list[int]:
     Example:
         >>> split_classes("lfs-3", 20), split_classes("lfh-2", 10), split_classes("b5-inc4", 20)
         ([7, 7, 6], [5, 3, 2], [5, 4, 4, 4, 3])
-        >>> split_classes("task-3", 20), split_classes("data-3", 20)
-        ([7, 7, 6], [20, 0, 0])
+        >>> split_classes("task-3", 20), split_classes("data-3", 20), split_classes("few-6-2x5", 10)
+        ([7, 7, 6], [20, 0, 0], [6, 2, 2])
     """
+    if text.startswith("few-"):
+        return session_sizes(text, classes)
     form = without_online(text)
     even = re.fullmatch(r"(lfs|lfh|task|data)-(\d+)", form)
     steps = re.fullmatch(r"b(\d+)-inc(\d+)", form)
@@ -134,8 +150,9 @@ def split_classes(text: str, classes: int) -> list[int]:
             sizes += [left % step] if left % step else []
     else:
         raise FastcilError(
-            f"scenario is '{text}'; use 'lfs-N', 'lfh-N', 'bA-incB', 'task-N' or 'data-N', as in "
-            f"'lfs-5' or 'b50-inc10', and '-online' behind it to pass over each task's images once."
+            f"scenario is '{text}'; use 'lfs-N', 'lfh-N', 'bA-incB', 'task-N', 'data-N', "
+            f"'few-B-NxK' or 'few:FOLDER', as in 'lfs-5' or 'b50-inc10', and '-online' behind any "
+            f"but the last two to pass over each task's images once."
         )
     if not sizes:
         raise FastcilError(
@@ -195,10 +212,11 @@ def make_scenario(
     """The scenario of a name over a data set; a `Scenario` is checked and handed back.
 
     Args:
-        scenario: A name (see `split_classes`) or a `Scenario`.
+        scenario: A name (see `split_classes`), ``few:FOLDER`` for published session lists (see
+            `fastcil.engine.few_shot.read_sessions`), or a `Scenario`.
         dataset: Whose classes and training images arrive.
-        order_seed: Of the class order, and of the shuffle of a ``data-N`` stream; None keeps the
-            data set's own order of both.
+        order_seed: Of the class order, and of the shuffle of a ``data-N`` or ``few-B-NxK``
+            stream; None keeps the data set's own order of both. Session lists bring their own.
 
     Raises:
         FastcilError: An unknown name, or classes or images that the data set does not have.
@@ -207,7 +225,14 @@ def make_scenario(
     _check_complete(dataset)
     if isinstance(scenario, str):
         order = class_order(total, order_seed)
-        if parts := re.fullmatch(r"data-([1-9]\d*)", without_online(scenario)):
+        if is_few_shot(scenario):
+            sessions = (
+                read_sessions(scenario, dataset)
+                if scenario.startswith(LISTED)
+                else draw_sessions(scenario, dataset, order, order_seed)
+            )
+            arrivals = [Arrival(classes, images) for classes, images in sessions]
+        elif parts := re.fullmatch(r"data-([1-9]\d*)", without_online(scenario)):
             arrivals = _data_arrivals(dataset, order, int(parts[1]), order_seed)
         else:
             arrivals, start = [], 0
@@ -218,10 +243,21 @@ def make_scenario(
             scenario,
             tuple(arrivals),
             task_aware=scenario.startswith("task-"),
-            online=scenario.endswith(_ONLINE),
+            online=scenario != without_online(scenario),
+            few_shot=is_few_shot(scenario),
         )
     if not scenario.arrivals:
         raise FastcilError("scenario has no task; give at least one Arrival.")
+    if scenario.few_shot and scenario.online:
+        raise FastcilError(
+            "scenario.few_shot and scenario.online are both True, but a few-shot session passes "
+            "over its shots many times; leave one of them False."
+        )
+    if scenario.few_shot and len(scenario.order) == len(set(scenario.arrivals[0].classes)):
+        raise FastcilError(
+            "scenario.few_shot is True, but no class comes after its first task; let few-shot "
+            "sessions with new classes follow it."
+        )
     known: set[int] = set()
     for number, arrival in enumerate(scenario.arrivals):
         _check_arrival(f"scenario's task {number}", arrival, dataset, known)

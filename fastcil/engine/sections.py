@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from fastcil.engine.compare import Comparison, Row
+from fastcil.engine.epoch_choice import RULES
 from fastcil.engine.finding import exceeds_budget, finding
 from fastcil.engine.markup import (
     Html,
@@ -56,6 +57,8 @@ def header(comparison: Comparison) -> Html:
         "seeds": ", ".join(str(outcome.seed) for outcome in result.outcomes),
         "device": result.environment.get("device", "unknown"),
     }
+    if any(r.epoch_choice == "paper" for r in comparison.results.values()):
+        facts["epochs"] = f"chosen on {RULES['paper']}"
     shown = [Html(f"{name} {tag('b', value)}") for name, value in facts.items()]
     several = "a comparison at equal memory" if len(comparison.memories) == 1 else "a comparison"
     kind = "a run" if len(comparison.results) == 1 else several
@@ -113,7 +116,8 @@ def _leaders(name: str, form: str, values: Mapping[str, float]) -> tuple[str, st
 def method_name(comparison: Comparison, method: str) -> Html:
     """A method with the colour that it has in every plot."""
     colour = method_colour(list(comparison.results).index(method))
-    return Html(tag("span", class_="dot", style=f"background:{colour}") + tag("b", method))
+    name = tag("b", comparison.label(method))
+    return Html(tag("span", class_="dot", style=f"background:{colour}") + name)
 
 
 def results_section(comparison: Comparison) -> Html:
@@ -173,9 +177,14 @@ def _stream_notes(comparison: Comparison) -> list[str]:
             "Data-incremental: every task brings images of the classes that the first one brought, "
             "so that all accuracies are on the same test images, and forgetting is of these."
         )
+    if result.few_shot:
+        notes.append(
+            "Few-shot: every task after the first brings a few images of each of its classes; base "
+            "and novel classes stand apart below."
+        )
     if without_online(name := str(result.config["scenario"])) != name:
         notes.append("Online: each stage passes over a task's images once.")
-    return notes
+    return notes + comparison.notes
 
 
 def _row(comparison: Comparison, row: Row, columns: list[str]) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastcil.contract import Losses, Stage
 from fastcil.data import Augmentation
+from fastcil.engine.epoch_choice import EpochChoice
 from fastcil.engine.events import Listener
 from fastcil.engine.loader import Loader
 from fastcil.errors import FastcilError
@@ -139,6 +140,7 @@ class Trainer:
         compiled: Whether objectives are compiled; each stage compiles its own, so a head that
             grew is a new graph, not a failed guard.
         save: Called between steps with this trainer; decides for itself whether it is time.
+        choice: Judges the epochs of primary stages, and puts back the one to go on from.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class Trainer:
         precision: str = "fp32",
         compiled: bool = False,
         save: Callable[[Trainer], None] | None = None,
+        choice: EpochChoice | None = None,
     ) -> None:
         self.method = method
         self.augmentation = augmentation
@@ -160,12 +163,17 @@ class Trainer:
         self.precision = precision
         self.compiled = compiled
         self.save = save
+        self.choice = choice
         self.cursor = Cursor()
         self._lanes: list[_Lane] = []
 
     def state(self) -> dict[str, Any]:
         """Where training stands, for a checkpoint taken between two steps."""
-        return {"cursor": asdict(self.cursor), "lanes": [lane.state() for lane in self._lanes]}
+        return {
+            "cursor": asdict(self.cursor),
+            "lanes": [lane.state() for lane in self._lanes],
+            "choice": None if self.choice is None else self.choice.state(),
+        }
 
     def run(self, stages: Sequence[Stage], resume: dict[str, Any] | None = None) -> None:
         """Runs the stages in order.
@@ -177,6 +185,8 @@ class Trainer:
         """
         if resume is not None:
             self.cursor = Cursor(**resume["cursor"])
+            if self.choice is not None:
+                self.choice.restore(resume["choice"])
         for number in range(self.cursor.stage, len(stages)):
             self._run_stage(stages[number], number, resume)
             resume = None
@@ -208,9 +218,14 @@ class Trainer:
             "stage",
             {"stage": stage.name, "epochs": stage.recipe.epochs, "steps": main.steps},
         )
+        choice = self.choice if stage.primary else None
         for epoch in range(self.cursor.epoch, stage.recipe.epochs):
             self._run_epoch(stage, epoch)
             self.cursor.epoch, self.cursor.step = epoch + 1, 0
+            if choice is not None:
+                choice.judge(stage, epoch)
+        if choice is not None:
+            choice.settle(stage)
         for lane in self._lanes:
             # What is frozen next would keep its last gradients for good.
             lane.optimizer.zero_grad(set_to_none=True)

@@ -20,12 +20,9 @@ from fastcil.contract import (
 )
 from fastcil.memory.replay import replay_streams
 from fastcil.methods.constrained_stage import ConstrainedStage, MemoryNorms
-from fastcil.methods.recipes import FINETUNING, online
+from fastcil.methods.recipes import FINETUNING, PYCIL_FIRST, PYCIL_REPLAY, online
 from fastcil.nn import TaskOutputs, remove_opposing
 from fastcil.nn.lifecycle import linear_head, start_network
-
-_FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
-_LATER = Recipe(epochs=70, lr=0.1, schedule="step", milestones=(30, 50), weight_decay=2e-4)
 
 
 class AGEM(Method):
@@ -63,8 +60,8 @@ class AGEM(Method):
                 or ``keep``s them as new data have set them; see `GEM.Config`.
         """
 
-        first: Recipe = _FIRST
-        later: Recipe = _LATER
+        first: Recipe = PYCIL_FIRST
+        later: Recipe = PYCIL_REPLAY
         head: Literal["all", "task"] = "all"
         memory_batch: int = 256
         memory_norms: MemoryNorms = "move"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,11 +24,15 @@ from fastcil.contract import (
     check_positive,
 )
 from fastcil.memory.balance import BalancedSet
-from fastcil.nn import Network, distillation_by_layer
+from fastcil.memory.replay import replay_streams
+from fastcil.methods.recipes import BASE_SESSION, session
+from fastcil.nn import Network, distillation_by_layer, masked_mean
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
+from fastcil.nn.sessions import Trains, session_parameters
 
 _TRAINING = Recipe(epochs=40, lr=0.1, schedule="step", milestones=(10, 20, 30), weight_decay=1e-4)
 _FINETUNING = Recipe(epochs=30, lr=0.01, schedule="step", milestones=(10, 20), weight_decay=1e-4)
+_FEW_SHOT: Any = {"form": "few-shot", "trains": "last-block", "normalised": True}
 
 
 class EEIL(Method):
@@ -50,6 +54,14 @@ class EEIL(Method):
     The new layer is distilled too, from the network as it was when the stage began: that target
     is there for this stage only. Without exemplars there is nothing to balance, and no such stage.
 
+    ``form="few-shot"`` is the EEIL of Tao et al.'s (2020, TOPIC) tables, for sessions of a few
+    images of each class: with N the new images of a batch, E its exemplars, of which each step
+    takes as many, and weights a and b,
+
+    .. math:: L = \mathrm{CE}(z(N), y) + a \, \mathrm{CE}(z(E), y) + b \sum_f L_{D_f}(E) ,
+
+    each term a mean, and no fine-tuning.
+
     Attributes:
         brought: Classes that each task brought.  # [tasks]
 
@@ -60,7 +72,7 @@ class EEIL(Method):
 
     @dataclass(frozen=True)
     class Config:
-        """Settings of EEIL; the default is the paper's.
+        """Settings of EEIL; the default is the paper's, the ``fscil-...`` presets Tao et al.'s.
 
         Its epochs are longer: the paper writes out twelve versions of every image beforehand
         (brightness, contrast, crops and their mirror images), so that one of its epochs is twelve
@@ -75,11 +87,17 @@ class EEIL(Method):
             first: Recipe of the first task.
             later: Recipe of every later task's training.
             finetuning: Recipe of the balanced fine-tuning.
-            distillation_weight: Of the sum over layers; 1 in the paper.
+            distillation_weight: Of the sum over layers (b); 1 in the paper.
             temperature: T.
             finetuning_teacher: What teaches the old layers in the fine-tuning: the ``old``
                 network, by Eq. 1, or the one just ``trained``, which teaches the new layer, as in
                 the released code.
+            form: ``class``, the method proper, or ``few-shot``, which has no fine-tuning.
+            exemplar_weight: Of the exemplars' cross-entropy in the few-shot form (a).
+            trains: What later tasks of the few-shot form train: ``all``, or of all convolutions
+                those of the ``last-block`` alone.
+            normalised: Whether the head reads feature vectors of unit length, as Tao et al.'s
+                (2020) does; see `fastcil.nn.LinearHead`.
         """
 
         first: Recipe = _TRAINING
@@ -88,11 +106,26 @@ class EEIL(Method):
         distillation_weight: float = 1.0
         temperature: float = 2.0
         finetuning_teacher: Literal["old", "trained"] = "old"
+        form: Literal["class", "few-shot"] = "class"
+        exemplar_weight: float = 0.004
+        trains: Literal["all", "last-block"] = "all"
+        normalised: bool = False
 
         def __post_init__(self) -> None:
             check_choices(self)
             check_not_negative("distillation_weight", self.distillation_weight)
+            check_not_negative("exemplar_weight", self.exemplar_weight)
             check_positive("temperature", self.temperature)
+
+    PRESETS: ClassVar[dict[str, Config]] = {
+        "fscil-cifar100": Config(BASE_SESSION, session(70, drop=60), **_FEW_SHOT),
+        "fscil-mini": Config(
+            BASE_SESSION, session(100, drop=90), exemplar_weight=0.01, **_FEW_SHOT
+        ),
+        "fscil-cub": Config(
+            BASE_SESSION, session(100, 0.01, batch_size=64), distillation_weight=0.8, **_FEW_SHOT
+        ),
+    }
 
     config: Config
     brought: Tensor  # [tasks]
@@ -107,7 +140,8 @@ class EEIL(Method):
     def begin_task(self, task: Task) -> None:
         """Keeps a copy of the network as teacher and adds a layer."""
         if task.first:
-            self.network = start_network(self.context.make_backbone(), task.total)
+            backbone, normalised = self.context.make_backbone(), self.config.normalised
+            self.network = start_network(backbone, task.total, normalised=normalised)
         else:
             self.teacher = frozen_copy(self.network)
             linear_head(self.network).grow(task.total)
@@ -116,21 +150,23 @@ class EEIL(Method):
 
     def stages(self, task: Task) -> list[Stage]:
         """``training`` and, where there are exemplars, ``finetuning``."""
-        config = self.config
+        config, few = self.config, self.config.form == "few-shot"
         recipe = config.first if task.first else config.later
-        everything = (task.examples, task.exemplars)
+        trains: Trains = config.trains if few and not task.first else "all"
+        everything = Stream((task.examples, task.exemplars), recipe.batch_size)
         layers = self.brought.tolist()
+        objective = self._few_shot if few else self._training
         training = Stage(
             name="training",
             method=self,
-            objective=partial(self._training, [n for n in layers[:-1] if n]),
-            streams=(Stream(everything, recipe.batch_size),),
+            objective=partial(objective, [n for n in layers[:-1] if n]),
+            streams=replay_streams(task, recipe.batch_size) if few else (everything,),
             recipe=recipe,
-            parameters=self.network.trained_parameters,
+            parameters=lambda: session_parameters(self.network, trains),
             primary=True,
             logits=self.logits,
         )
-        if task.first or not len(task.exemplars):
+        if few or task.first or not len(task.exemplars):
             return [training]
         tune = config.finetuning
         return [
@@ -156,6 +192,18 @@ class EEIL(Method):
             losses["distillation"] = self._distilled(logits[:, : old.shape[1]], old, layers)
         return losses
 
+    def _few_shot(self, layers: list[int], batch: Batch) -> Losses:
+        """The cross-entropies of new images and exemplars, and these's distillation."""
+        logits, new = self.network(batch.images), batch.part == 0  # [B, K], [B]
+        terms = F.cross_entropy(logits, batch.labels, reduction="none")  # [B]
+        losses = {"classification": masked_mean(terms, new)}
+        if self.teacher is not None:
+            old = self.teacher(batch.images)  # [B, C_o]
+            losses["exemplars"] = self.config.exemplar_weight * masked_mean(terms, ~new)
+            found = logits[:, : old.shape[1]]
+            losses["distillation"] = self._distilled(found, old, layers, ~new)
+        return losses
+
     def _finetuning(self, known: int, layers: list[int], batch: Batch) -> Losses:
         """The same, with a distillation of the new layer."""
         assert self.teacher is not None and self.trained is not None
@@ -168,9 +216,11 @@ class EEIL(Method):
             "distillation": self._distilled(logits, taught, layers),
         }
 
-    def _distilled(self, logits: Tensor, taught: Tensor, layers: list[int]) -> Tensor:
+    def _distilled(
+        self, logits: Tensor, taught: Tensor, layers: list[int], rows: Tensor | None = None
+    ) -> Tensor:
         """The weighted sum of the layers' distillations (Eqs. 2, 3)."""
-        loss = distillation_by_layer(logits, taught, layers, self.config.temperature)
+        loss = distillation_by_layer(logits, taught, layers, self.config.temperature, rows)
         return self.config.distillation_weight * loss
 
     def _begin_finetuning(self, task: Task) -> None:

@@ -17,12 +17,9 @@ from fastcil.contract import (
     check_not_negative,
 )
 from fastcil.memory.replay import replay_streams
-from fastcil.methods.recipes import FINETUNING, online
+from fastcil.methods.recipes import FINETUNING, PYCIL_FIRST, PYCIL_REPLAY, online
 from fastcil.nn import TaskOutputs
 from fastcil.nn.lifecycle import linear_head, start_network
-
-_FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
-_LATER = Recipe(epochs=70, lr=0.1, schedule="step", milestones=(30, 50), weight_decay=2e-4)
 
 
 class ExperienceReplay(Method):
@@ -63,8 +60,8 @@ class ExperienceReplay(Method):
             replay_batch: Images of B_M; 0 for as many as of B_n.
         """
 
-        first: Recipe = _FIRST
-        later: Recipe = _LATER
+        first: Recipe = PYCIL_FIRST
+        later: Recipe = PYCIL_REPLAY
         head: Literal["all", "task"] = "all"
         replay_batch: int = 0
 

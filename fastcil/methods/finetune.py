@@ -16,11 +16,10 @@ from fastcil.contract import (
     Task,
     check_choices,
 )
-from fastcil.methods.recipes import FINETUNING, online
+from fastcil.methods.recipes import BASE_SESSION, FINETUNING, PYCIL_FIRST, online, session
 from fastcil.nn import TaskOutputs
 from fastcil.nn.lifecycle import linear_head, start_network
 
-_FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
 _LATER = Recipe(epochs=80, lr=0.1, schedule="step", milestones=(40, 70), weight_decay=2e-4)
 
 
@@ -42,17 +41,21 @@ class Finetune(Method):
         """Settings of finetuning; the recipes are those of PyCIL (Zhou et al. 2023).
 
         ``PRESETS["finetuning"]`` goes on from a pre-trained network (Shon et al. 2022); the
-        ``samc-...`` ones are Bai et al.'s (2023, SAMC, appendix E).
+        ``samc-...`` ones are Bai et al.'s (2023, SAMC, appendix E), the ``fscil-...`` ones the
+        Ft-CNN of Tao et al. (2020, TOPIC).
 
         Args:
             first: Recipe of the first task.
             later: Recipe of every later task.
             head: ``all`` known classes share one softmax, or each ``task`` has its own.
+            normalised: Whether the head reads feature vectors of unit length, as Tao et al.'s
+                (2020) does; see `fastcil.nn.LinearHead`.
         """
 
-        first: Recipe = _FIRST
+        first: Recipe = PYCIL_FIRST
         later: Recipe = _LATER
         head: Literal["all", "task"] = "all"
+        normalised: bool = False
 
         def __post_init__(self) -> None:
             check_choices(self)
@@ -62,6 +65,9 @@ class Finetune(Method):
         "samc-cifar10": Config(first=online(0.1), later=online(0.1), head="task"),
         "samc-cifar100": Config(first=online(1.0), later=online(1.0), head="task"),
         "samc-mini": Config(first=online(1.0), later=online(1.0), head="task"),
+        "fscil-cifar100": Config(BASE_SESSION, session(70, drop=60), normalised=True),
+        "fscil-mini": Config(BASE_SESSION, session(50), normalised=True),
+        "fscil-cub": Config(BASE_SESSION, session(100), normalised=True),
     }
 
     config: Config
@@ -74,7 +80,8 @@ class Finetune(Method):
     def begin_task(self, task: Task) -> None:
         """Starts the network, or adds the new classes to its head."""
         if task.first:
-            self.network = start_network(self.context.make_backbone(), task.total)
+            backbone, normalised = self.context.make_backbone(), self.config.normalised
+            self.network = start_network(backbone, task.total, normalised=normalised)
         else:
             linear_head(self.network).grow(task.total)
         self.outputs.add(len(task.new_classes))

@@ -21,12 +21,10 @@ from fastcil.contract import (
     check_not_negative,
 )
 from fastcil.methods.constrained_stage import ConstrainedStage, MemoryNorms
-from fastcil.methods.recipes import FINETUNING, online
+from fastcil.methods.recipes import FINETUNING, PYCIL_FIRST, PYCIL_REPLAY, online
 from fastcil.nn import TaskOutputs, project_gradient
 from fastcil.nn.lifecycle import linear_head, start_network
 
-_FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
-_LATER = Recipe(epochs=70, lr=0.1, schedule="step", milestones=(30, 50), weight_decay=2e-4)
 _CIFAR10 = Recipe(
     epochs=50, lr=0.03, schedule="constant", momentum=0.0, weight_decay=0.0, batch_size=32
 )
@@ -82,8 +80,8 @@ class GEM(Method):
                 as new data have set them.
         """
 
-        first: Recipe = _FIRST
-        later: Recipe = _LATER
+        first: Recipe = PYCIL_FIRST
+        later: Recipe = PYCIL_REPLAY
         margin: float = 0.5
         ridge: float = 1e-3
         head: Literal["all", "task"] = "all"

@@ -29,10 +29,12 @@ from fastcil.contract import (
 )
 from fastcil.memory.means import NearestMean
 from fastcil.memory.one_each import OneEach
+from fastcil.memory.replay import replay_streams
 from fastcil.memory.task_means import TaskMeans
-from fastcil.methods.recipes import online
+from fastcil.methods.recipes import BASE_SESSION, PYCIL_FIRST, online, session
 from fastcil.nn import Network, TaskOutputs, distillation, masked_mean
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
+from fastcil.nn.sessions import Trains, session_parameters
 
 _CIFAR = Recipe(
     epochs=70, lr=2.0, schedule="step", milestones=(49, 63), gamma=0.2, weight_decay=2e-5
@@ -40,10 +42,8 @@ _CIFAR = Recipe(
 _IMAGENET = Recipe(
     epochs=60, lr=2.0, schedule="step", milestones=(20, 30, 40, 50), gamma=0.2, weight_decay=1e-5
 )
-_PYCIL_FIRST = Recipe(
-    epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4
-)
 _PYCIL_LATER = Recipe(epochs=170, lr=0.1, schedule="step", milestones=(80, 120), weight_decay=2e-4)
+_FEW_SHOT: Any = {"form": "few-shot", "trains": "last-block", "normalised": True}
 
 
 class ICaRL(Method):
@@ -81,6 +81,15 @@ class ICaRL(Method):
     ``nme`` is the nearest mean of logits among a task's classes (`fastcil.memory.task_means`).
     That code sends each X_t through the network by itself; here a step has one forward pass.
 
+    ``form="few-shot"`` is the iCaRL of Tao et al.'s (2020, TOPIC) tables, for sessions of a few
+    images of each class: with N the new images of a batch, E its exemplars, of which each step
+    takes as many, and z' the previous network's logits,
+
+    .. math:: L = \frac{1}{|N|} \sum_{x \in N} \mathrm{CE}(z(x), y)
+        + \mathrm{KD}(z(E)_{:, known}, z'(E); T) .
+
+    There the linear head classifies: ``linear`` is then its first readout.
+
     The features of the released CIFAR network are not rectified: it has no ReLU at its end, and
     so it is here (``published_network``). PyCIL's has one: to repeat its figures take its preset
     and ``network.last_relu=True``.
@@ -98,7 +107,9 @@ class ICaRL(Method):
         by 5 after epochs 49 and 63; its weight decay of 1e-5 multiplies the sum of squares without
         the half, hence 2e-5 here). ``ICaRL.PRESETS["pycil"]`` is the softmax loss with the recipe
         that goes with it, by which most published comparisons are made; ``PRESETS["imagenet"]``
-        the paper's for ImageNet. ``samc-...`` are those of Bai et al. (2023, SAMC, appendix E).
+        the paper's for ImageNet. ``samc-...`` are those of Bai et al. (2023, SAMC, appendix E),
+        ``fscil-...`` those of Tao et al. (2020, TOPIC); on CUB-200 the learning rate of its
+        script would fall only after the last epoch.
 
         Args:
             first: Recipe of the first task.
@@ -106,12 +117,17 @@ class ICaRL(Method):
             loss: ``sigmoid`` (paper) or ``softmax`` (PyCIL).
             outputs: S of the sigmoid loss, as long as fewer classes are known; 100 in the
                 released code for CIFAR-100 and ImageNet-100.
-            temperature: T of the softmax form's distillation.
+            temperature: T of the softmax loss's and the few-shot form's distillation.
             flip_means: Whether mirrored exemplars count in the class means, as in the released
                 CIFAR code; the paper and the ImageNet code do without.
-            form: ``class``, the method proper, or ``online`` with heads for tasks, for which
-                ``loss`` and the three below it say nothing.
+            form: ``class``, the method proper; ``online`` with heads for tasks, for which
+                ``loss`` and the three below it say nothing; or ``few-shot``, for which ``loss``
+                and ``outputs`` don't.
             reg: Rho of the online form.
+            trains: What later tasks of the few-shot form train: ``all``, or of all convolutions
+                those of the ``last-block`` alone.
+            normalised: Whether the head reads feature vectors of unit length, as Tao et al.'s
+                (2020) does; see `fastcil.nn.LinearHead`.
         """
 
         first: Recipe = _CIFAR
@@ -120,8 +136,10 @@ class ICaRL(Method):
         outputs: int = 100
         temperature: float = 2.0
         flip_means: bool = True
-        form: Literal["class", "online"] = "class"
+        form: Literal["class", "online", "few-shot"] = "class"
         reg: float = 1.0
+        trains: Literal["all", "last-block"] = "all"
+        normalised: bool = False
 
         def __post_init__(self) -> None:
             check_choices(self)
@@ -131,10 +149,13 @@ class ICaRL(Method):
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "imagenet": Config(first=_IMAGENET, later=_IMAGENET, flip_means=False),
-        "pycil": Config(first=_PYCIL_FIRST, later=_PYCIL_LATER, loss="softmax", flip_means=False),
+        "pycil": Config(first=PYCIL_FIRST, later=_PYCIL_LATER, loss="softmax", flip_means=False),
         "samc-cifar10": Config(first=online(0.1), later=online(0.1), form="online"),
         "samc-cifar100": Config(first=online(1.0), later=online(1.0), form="online"),
         "samc-mini": Config(first=online(1.0), later=online(1.0), form="online"),
+        "fscil-cifar100": Config(BASE_SESSION, session(70, drop=60), **_FEW_SHOT),
+        "fscil-mini": Config(BASE_SESSION, session(100, drop=90), **_FEW_SHOT),
+        "fscil-cub": Config(BASE_SESSION, session(100, lr=0.01), **_FEW_SHOT),
     }
 
     config: Config
@@ -152,7 +173,8 @@ class ICaRL(Method):
     def begin_task(self, task: Task) -> None:
         """Keeps a copy of the network as teacher and adds the new classes to its head."""
         if task.first:
-            self.network = start_network(self.context.make_backbone(), task.total)
+            backbone, normalised = self.context.make_backbone(), self.config.normalised
+            self.network = start_network(backbone, task.total, normalised=normalised)
         else:
             self.teacher = frozen_copy(self.network)
             linear_head(self.network).grow(task.total)
@@ -166,6 +188,20 @@ class ICaRL(Method):
         recipe = self.config.first if task.first else self.config.later
         if self.config.form == "online":
             return [_OnlineStage(self, recipe, task)]
+        if self.config.form == "few-shot":
+            trains: Trains = "all" if task.first else self.config.trains
+            return [
+                Stage(
+                    name="icarl",
+                    method=self,
+                    objective=self._few_shot,
+                    streams=replay_streams(task, recipe.batch_size),
+                    recipe=recipe,
+                    parameters=lambda: session_parameters(self.network, trains),
+                    primary=True,
+                    logits=self.logits,
+                )
+            ]
         own = torch.zeros(task.total, dtype=torch.bool)
         own[list(task.classes)] = True
         own = own.to(linear_head(self.network).weight.device)
@@ -217,6 +253,18 @@ class ICaRL(Method):
             )
         return losses
 
+    def _few_shot(self, batch: Batch) -> Losses:
+        """Cross-entropy of new images, and distillation of exemplars (Tao et al. 2020)."""
+        logits, new = self.network(batch.images), batch.part == 0  # [B, K], [B]
+        terms = F.cross_entropy(logits, batch.labels, reduction="none")  # [B]
+        losses = {"classification": masked_mean(terms, new)}
+        old = self._teach(batch.images)
+        if old is not None:
+            losses["distillation"] = distillation(
+                logits[:, : old.shape[1]], old, self.config.temperature, ~new
+            )
+        return losses
+
     def online(self, batch: Batch) -> Losses:
         """The online form's loss on a joined batch, of which part 1 are exemplars."""
         logits = self.network(batch.images)  # [B, K]
@@ -239,7 +287,7 @@ class ICaRL(Method):
 
     def embed(self, images: Tensor) -> Tensor:
         """Features; in the online form the logits of the task's classes, 0 for the others."""
-        if self.config.form == "class":
+        if self.config.form != "online":
             return self.network.features(images)
         logits = self.network(images)  # [B, K]
         newest = torch.tensor([logits.shape[1] - 1], device=logits.device)
@@ -265,9 +313,15 @@ class ICaRL(Method):
         return [self.nearest.retained()]
 
     def readouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """``nme``, the method's own, and ``linear``; without exemplars only ``linear``."""
+        """``nme``, the method's own, and ``linear``; without exemplars only ``linear``.
+
+        In the few-shot form ``linear`` comes first.
+        """
         seen = self.logits if self.config.form == "online" else self.network.features
-        return {**self.nearest.readouts(seen), "linear": self.logits}
+        means = self.nearest.readouts(seen)
+        if self.config.form == "few-shot":
+            return {"linear": self.logits, **means}
+        return {**means, "linear": self.logits}
 
 
 class _OnlineStage(Stage):

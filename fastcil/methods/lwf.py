@@ -23,7 +23,7 @@ from fastcil.contract import (
     check_positive,
     evaluating,
 )
-from fastcil.methods.recipes import FINETUNING, online
+from fastcil.methods.recipes import FINETUNING, PYCIL_FIRST, online
 from fastcil.nn import (
     Network,
     TaskOutputs,
@@ -33,7 +33,6 @@ from fastcil.nn import (
 )
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
-_FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
 _LATER = Recipe(
     epochs=250, lr=0.1, schedule="step", milestones=(60, 120, 180, 220), weight_decay=2e-4
 )
@@ -98,7 +97,7 @@ class LwF(Method):
                 logits are taken once, of the unaugmented images, before the task.
         """
 
-        first: Recipe = _FIRST
+        first: Recipe = PYCIL_FIRST
         later: Recipe = _LATER
         warmup: Recipe = _WARMUP
         alpha: float = 3.0

@@ -26,6 +26,7 @@ from fastcil.contract import (
     check_positive,
 )
 from fastcil.memory.means import NearestMean
+from fastcil.methods.recipes import PYCIL_FIRST
 from fastcil.nn import Network, distillation
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
@@ -44,9 +45,6 @@ _IMAGENET = Recipe(
     milestones=(30, 60, 80, 90),
     weight_decay=1e-4,
     batch_size=256,
-)
-_PYCIL_FIRST = Recipe(
-    epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4
 )
 _PYCIL_LATER = Recipe(
     epochs=170, lr=0.1, schedule="step", milestones=(60, 100, 140), weight_decay=2e-4
@@ -120,7 +118,7 @@ class WA(Method):
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "imagenet": Config(first=_IMAGENET, later=_IMAGENET),
-        "pycil": Config(first=_PYCIL_FIRST, later=_PYCIL_LATER, bias=True, clamp=False),
+        "pycil": Config(first=PYCIL_FIRST, later=_PYCIL_LATER, bias=True, clamp=False),
     }
 
     config: Config

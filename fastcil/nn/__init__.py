@@ -7,6 +7,8 @@ from fastcil.nn.backbones import build_backbone as build_backbone
 from fastcil.nn.backbones import stem_for as stem_for
 from fastcil.nn.cosine_head import CosineHead as CosineHead
 from fastcil.nn.energy_head import EnergyHead as EnergyHead
+from fastcil.nn.expanded import ExpandedBackbone as ExpandedBackbone
+from fastcil.nn.expansion import Expansion as Expansion
 from fastcil.nn.grad_cam import GradCAM as GradCAM
 from fastcil.nn.head_kinds import HEADS as HEADS
 from fastcil.nn.head_kinds import build_head as build_head

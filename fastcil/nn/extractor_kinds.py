@@ -11,6 +11,7 @@ from torch import nn
 from fastcil.errors import FastcilError
 from fastcil.nn.aggregation import AggregatedBackbone
 from fastcil.nn.channel_masks import MaskedResNet
+from fastcil.nn.expanded import ExpandedBackbone
 from fastcil.nn.pruning import PrunedResNet
 from fastcil.nn.scaling import has_scales, scale_convolutions
 
@@ -22,6 +23,7 @@ EXTRACTORS: dict[str, Callable[[Mapping[str, Any], MakeBackbone], nn.Module]] = 
     AggregatedBackbone.kind: AggregatedBackbone.build,
     MaskedResNet.kind: MaskedResNet.build,
     PrunedResNet.kind: PrunedResNet.build,
+    ExpandedBackbone.kind: ExpandedBackbone.build,
 }
 """For each ``kind`` of extractor: structure and what makes a backbone -> extractor.
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastcil.errors import FastcilError
+from fastcil.nn.unit import unit_vectors
+
+_DEVIATION = 0.001  # of a normalised head's fresh weights
 
 
 def fresh_entries(shape: tuple[int, ...], in_features: int) -> Tensor:
@@ -54,10 +57,15 @@ class LinearHead(nn.Module):
 
     Weights and biases start uniform in ±1/sqrt(in_features), drawn from torch's global generator.
 
+    With ``normalised`` it is the classifier of Tao et al. (2020, TOPIC), as their code has it:
+    logits = W f / ||f||, without a bias, and with weights that start normal with mean 0 and
+    deviation 0.001.
+
     Args:
         in_features: Length D of a feature vector.
         classes: Number K of classes.
-        bias: Whether there is a bias.
+        bias: Whether there is a bias; never with ``normalised``.
+        normalised: Whether feature vectors, and they alone, are brought to unit length first.
 
     Attributes:
         weight: W.  # [K, D]
@@ -76,11 +84,15 @@ class LinearHead(nn.Module):
     kind = "linear"
     bias: nn.Parameter | None
 
-    def __init__(self, in_features: int, classes: int, bias: bool = True) -> None:
+    def __init__(
+        self, in_features: int, classes: int, bias: bool = True, normalised: bool = False
+    ) -> None:
         super().__init__()
         check_sizes(in_features=in_features, classes=classes)
+        self.normalised = normalised
+        bias = bias and not normalised
         like = torch.empty(0)
-        self.weight = nn.Parameter(fresh_entries((classes, in_features), in_features).to(like))
+        self.weight = nn.Parameter(self._fresh_rows(classes, in_features).to(like))
         offset = nn.Parameter(fresh_entries((classes,), in_features).to(like)) if bias else None
         self.register_parameter("bias", offset)
 
@@ -96,10 +108,15 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [B, K]."""
+        if self.normalised:
+            features = unit_vectors(features).to(features.dtype)
         return functional.linear(features, self.weight, self.bias)
 
     def cam_weights(self, labels: Tensor) -> Tensor:
-        """The row of W of each label, [B] -> [B, D]: how features add up to its class."""
+        """The row of W of each label, [B] -> [B, D]: how features add up to its class.
+
+        A normalised head divides what they add up to by one number for each image.
+        """
         return self.weight[labels]
 
     def grow(self, classes: int, in_features: int | None = None) -> None:
@@ -118,7 +135,7 @@ class LinearHead(nn.Module):
         wide = self.in_features if in_features is None else in_features
         check_grows("classes", self.classes, classes)
         check_grows("in_features", self.in_features, wide)
-        weight = fresh_entries((classes, wide), wide).to(self.weight)
+        weight = self._fresh_rows(classes, wide).to(self.weight)
         weight[: self.classes, : self.in_features] = self.weight.detach()
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
@@ -126,20 +143,30 @@ class LinearHead(nn.Module):
             bias[: len(self.bias)] = self.bias.detach()
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
+    def _fresh_rows(self, classes: int, in_features: int) -> Tensor:
+        """Rows of W as they start."""  # [K, D]
+        if self.normalised:
+            return torch.empty(classes, in_features, device="cpu").normal_(0.0, _DEVIATION)
+        return fresh_entries((classes, in_features), in_features)
+
     def structure(self) -> dict[str, Any]:
         """What ``build_head`` needs to make a head of the same shape; JSON-able."""
+        kind = {"normalised": True} if self.normalised else {}
         return {
             "kind": self.kind,
             "in_features": self.in_features,
             "classes": self.classes,
             "bias": self.bias is not None,
+            **kind,
         }
 
     @classmethod
     def build(cls, structure: Mapping[str, Any]) -> LinearHead:
         """A head of that structure with arbitrary weights, to be loaded."""
-        return cls(structure["in_features"], structure["classes"], structure["bias"])
+        sizes = structure["in_features"], structure["classes"]
+        return cls(*sizes, structure["bias"], structure.get("normalised", False))
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
-        return f"{self.in_features}, {self.classes}, bias={self.bias is not None}"
+        kind = ", normalised=True" if self.normalised else ""
+        return f"{self.in_features}, {self.classes}, bias={self.bias is not None}{kind}"

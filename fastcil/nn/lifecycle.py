@@ -13,13 +13,16 @@ from fastcil.nn.network import Network
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def start_network(backbone: nn.Module, classes: int, bias: bool = True) -> Network:
+def start_network(
+    backbone: nn.Module, classes: int, bias: bool = True, normalised: bool = False
+) -> Network:
     """A network of one extractor and a fresh linear head, on the extractor's device.
 
     Args:
         backbone: The extractor.
         classes: Outputs of the head.
         bias: Whether the head has a bias.
+        normalised: Whether the head reads feature vectors of unit length, without a bias.
 
     Example:
         >>> import torch
@@ -28,7 +31,7 @@ def start_network(backbone: nn.Module, classes: int, bias: bool = True) -> Netwo
         >>> network(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 5])
     """
-    return with_head(backbone, LinearHead(channels(backbone), classes, bias))
+    return with_head(backbone, LinearHead(channels(backbone), classes, bias, normalised))
 
 
 def with_head(backbone: nn.Module, head: nn.Module) -> Network:

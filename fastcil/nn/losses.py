@@ -71,7 +71,12 @@ def outputs_of(classes: Sequence[int], known: int) -> Tensor:
     return mask
 
 
-def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
+def distillation(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 2.0,
+    rows: Tensor | None = None,
+) -> Tensor:
     r"""Cross-entropy with a teacher's softened predictions.
 
     .. math:: L = -\frac{1}{B} \sum_i \sum_c p_{ic} \log q_{ic}, \qquad
@@ -85,9 +90,10 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.
         teacher_logits: The teacher's; gradients flow into them too unless they are detached.
             # [B, C]
         temperature: T.
+        rows: Which images count, or None for all.  # bool [B]
 
     Returns:
-        The mean over the batch.  # []
+        The mean over the images that count; 0 where none does.  # []
 
     Raises:
         FastcilError: If the shapes differ or the temperature is not positive.
@@ -97,13 +103,18 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.
         tensor(0.6931)
     """
     _check(logits, teacher_logits, temperature, ("logits", "teacher_logits"))
-    return functional.cross_entropy(
-        _full(logits) / temperature, (_full(teacher_logits) / temperature).softmax(1)
-    )
+    found, taught = _full(logits) / temperature, (_full(teacher_logits) / temperature).softmax(1)
+    if rows is None:
+        return functional.cross_entropy(found, taught)
+    return masked_mean(functional.cross_entropy(found, taught, reduction="none"), rows)
 
 
 def distillation_by_layer(
-    logits: Tensor, teacher_logits: Tensor, layers: Sequence[int], temperature: float = 2.0
+    logits: Tensor,
+    teacher_logits: Tensor,
+    layers: Sequence[int],
+    temperature: float = 2.0,
+    rows: Tensor | None = None,
 ) -> Tensor:
     r"""Distillation of several classification layers, each with a softmax of its own, summed up.
 
@@ -116,9 +127,10 @@ def distillation_by_layer(
         teacher_logits: The teacher's.  # [B, C]
         layers: Outputs of each layer, with sum C.
         temperature: T.
+        rows: Which images count, or None for all.  # bool [B]
 
     Returns:
-        The sum of the means over the batch.  # []
+        The sum of the means over the images that count.  # []
 
     Raises:
         FastcilError: As in ``distillation``, or if there is no layer.
@@ -133,7 +145,7 @@ def distillation_by_layer(
             f"layers is {list(layers)}, of {sum(layers)} outputs; logits has {logits.shape[1]}."
         )
     parts = zip(logits.split(list(layers), 1), teacher_logits.split(list(layers), 1), strict=True)
-    return torch.stack([distillation(z, old, temperature) for z, old in parts]).sum()
+    return torch.stack([distillation(z, old, temperature, rows) for z, old in parts]).sum()
 
 
 def alignment_weights(counts: Tensor, beta: float) -> Tensor:

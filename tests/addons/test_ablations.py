@@ -15,7 +15,7 @@ from fastcil import train
 from fastcil.addons.cam import CAM
 from fastcil.addons.cim import CIM
 from fastcil.engine.result import Result
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.nn import Pade
 

@@ -19,7 +19,7 @@ from fastcil.contract import Recipe, scale_epochs
 from fastcil.curvature import largest_eigenvalue
 from fastcil.engine.plots import plot_record
 from fastcil.engine.records import record_to_plain
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.errors import CompositionError, FastcilError
 
 

@@ -354,3 +354,14 @@ def test_examples_of_a_root_without_classes(tmp_path):
 def test_listing_holds_no_other_files(tmp_path):
     listing = list_source(write_tar(tmp_path / "a.tar", {**TREE, "index.csv": b"x" * 1000}))
     assert {"/".join(f) for f in listing.files} == set(TREE)
+
+
+def test_images_are_called_by_their_path_from_the_class_on(tmp_path):
+    names = ("cat/deep/er/x.png", "dog/a.png", "dog/b.png")
+    assert load_folder(write_tree(tmp_path / "tree", TREE)).train_files == names
+    write_tar(tmp_path / "t.tar", TREE)
+    assert load_folder(tmp_path / "t.tar").train_files == names
+    bad = write_tree(tmp_path / "bad", {**TREE, "train/dog/a.png": b"no image"})
+    (bad / "train" / "eel").mkdir()
+    write_tree(bad, {"train/ant/c.png": (7, 5, 5)})  # without a test image
+    assert load_folder(bad, skip_bad=True).train_files == (names[0], names[2])

@@ -145,3 +145,45 @@ def test_what_does_not_decode_can_be_left_out(tmp_path):
         load(tmp_path)
     with pytest.warns(UserWarning, match="1 left out"):
         assert len(load(tmp_path, skip_bad=True).train) == 39
+
+
+def check_divided(data):
+    assert data.name == "mini-imagenet" and data.class_names == NAMES
+    assert data.train.labels.tolist() == [c for c in range(4) for _ in range(9)]
+    assert greys(data.train) == [CLASSES[n] + k for n in NAMES for k in range(3, 12)]
+    assert greys(data.test) == [CLASSES[n] + k for n in NAMES for k in range(3)]
+
+
+def test_folders_of_the_same_classes_say_what_is_for_testing(tmp_path, monkeypatch):
+    """The tree of few-shot class-incremental learning; the first files are for testing."""
+    for name, grey in CLASSES.items():
+        for k in range(EACH):
+            part = "test" if k < 3 else "train"
+            picture(tmp_path / "MINI-ImageNet" / part / name / f"{name}{k:02}.png", grey + k)
+    monkeypatch.setenv("FASTCIL_DATA", str(tmp_path))
+    data = load("mini-imagenet")
+    check_divided(data)
+    assert data.train_files[:2] == ("n01/n0103.png", "n01/n0104.png")
+
+
+@pytest.mark.parametrize("place", ["", "split"])
+def test_lists_of_the_same_classes_say_what_is_for_testing(tmp_path, place):
+    write_lists(tmp_path, train=None, val=None, test=None)
+    (tmp_path / place).mkdir(exist_ok=True)
+    for part, numbers in (("train", range(3, EACH)), ("test", range(3))):
+        lines = [f"{c}{k:02}.png,{c}" for c in CLASSES for k in numbers]
+        text = "\n".join(["filename,label", *lines])
+        (tmp_path / place / f"{part}.csv").write_text(text)
+    data = load(tmp_path)
+    check_divided(data)
+    # All images lie in one folder, where their names tell them apart.
+    assert data.train_files[:2] == ("n0103.png", "n0104.png")
+    with pytest.raises(DataError, match=r"class 'n05' has no image in test\.csv"):
+        text = (tmp_path / place / "test.csv").read_text().replace(",n05", ",n02")
+        (tmp_path / place / "test.csv").write_text(text)
+        load(tmp_path)
+
+
+def test_images_are_called_by_class_and_file(tmp_path):
+    data = load_mini_imagenet(write_folders(tmp_path, ""))
+    assert data.train_files[9:11] == ("n01/09.png", "n02/00.png")

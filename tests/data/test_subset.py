@@ -14,7 +14,7 @@ from fastcil.data.folder import decode_image
 from fastcil.data.load import load, load_examples
 from fastcil.data.store import Dataset, Examples, ImageStore
 from fastcil.data.subset import Subset
-from fastcil.errors import DataError
+from fastcil.errors import DataError, FastcilError
 
 CLASSES = 6
 NAMES = [f"kind{k}" for k in range(CLASSES)]
@@ -214,3 +214,14 @@ def test_bad_written_parts_are_one_sentence_in_examples_too(sources):
     ):
         with pytest.raises(DataError, match=words):
             load_examples(f"{sources['npz']}:{written}")
+
+
+def test_names_of_files_go_with_their_images():
+    both = Examples(ImageStore.from_batch(X), torch.from_numpy(Y))
+    files = tuple(f"{label}/{k}.png" for k, label in enumerate(Y))
+    data = Dataset("d", both, both, tuple(NAMES), train_files=files)
+    part = Subset((1, 4), train_per_class=2).of(data)
+    rows, _ = expected(Y, [1, 4], 2)
+    assert part.train_files == tuple(files[k] for k in rows)
+    with pytest.raises(FastcilError, match="train_files has 3 names for 27 images"):
+        dataclasses.replace(data, train_files=files[:3])

@@ -21,7 +21,7 @@ from fastcil.contract.registry import METHODS
 from fastcil.engine.finding import exceeds_budget
 from fastcil.engine.learner import Learner
 from fastcil.engine.result import Result
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.errors import FastcilError
 from fastcil.memory import Memory
 

@@ -16,19 +16,24 @@ from backbones import ConvNet
 from fastcil import Learner, Result, train
 from fastcil.contract.registry import ADDONS, METHODS
 from fastcil.engine.result import Result as Outcome
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.errors import CompositionError
 
-KEEP_NOTHING = ("finetune", "lwf", "ebm", "eec", "ewc", "online-ewc", "mas", "osla", "si")
-CHOOSE = ("mer", "dark", "darkpp")  # their exemplars themselves
+KEEP_NOTHING = ("finetune", "lwf", "ebm", "eec", "lecnet", "ewc", "online-ewc", "mas", "osla", "si")
+CHOOSE = ("mer", "dark", "darkpp", "topic")  # their exemplars themselves
 MANY = ("der", "foster")  # extractors
+MEASURE = ("ewc", "online-ewc", "mas", "osla", "si", "dlcft")  # how much their weights matter
+NEED_NOTHING = ("fisher", "lec")  # in memory
 NOTHING, EVERYTHING = "keeps nothing", "keeps everything"
 # What can't be composed, and words of the reason.
 REFUSED: dict[tuple[str, str], str] = {
-    **{(m, a): NOTHING for m in KEEP_NOTHING for a in ADDONS if a != "fisher"},
+    **{(m, a): NOTHING for m in KEEP_NOTHING for a in ADDONS if a not in NEED_NOTHING},
     **{("joint", a): EVERYTHING for a in ADDONS if a != "fisher"},
     **{(m, "mnemonics"): "chooses its own" for m in CHOOSE},
-    **{(m, "aanets"): "has several" for m in MANY},
+    **{(m, a): "has several" for m in MANY for a in ("aanets", "lec")},
+    **{(m, "lec"): "how much" for m in MEASURE},
+    **{(m, "lec"): "LinearHead" for m in ("ebm", "lucir", "podnet")},
+    ("lecnet", "lec"): "'expanded'",
     ("dlcft", "aanets"): "two branches",
     ("dlcft", "cim"): "nn.ReLU",
 }

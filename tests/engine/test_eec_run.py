@@ -9,7 +9,7 @@ import pytest
 from backbones import ConvNet
 
 from fastcil import Learner, Result, train
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.state import load_state
 from fastcil.errors import CompositionError, FastcilError
 

@@ -17,7 +17,7 @@ from fastcil.contract.registry import METHODS
 from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine.compare import compare
 from fastcil.engine.report import write_report
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.trainer import Trainer
 
 OPTIONS = {

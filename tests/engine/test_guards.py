@@ -19,7 +19,7 @@ from fastcil.cli import main
 from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine import doctor, environment
 from fastcil.engine.compare import compare
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.state import locked, write_atomically
 from fastcil.engine.trainer import Trainer
 

@@ -18,7 +18,7 @@ from fastcil.engine import plots
 from fastcil.engine.compare import Comparison, compare
 from fastcil.engine.finding import finding
 from fastcil.engine.report import render_report, write_report
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 OPTIONS = {

@@ -12,7 +12,7 @@ from backbones import ConvNet
 from fastcil import FastcilError, Learner, train
 from fastcil.contract.registry import METHODS
 from fastcil.engine.result import Result
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.state import load_state
 from fastcil.engine.trainer import Trainer
 
@@ -21,6 +21,7 @@ COMPOSITIONS = [
     "icarl+cam",
     "icarl+mrdc",
     "darkpp+cam",
+    "dark+lec",
     "icarl+mnemonics",
     "er+samc",
     "gem+samc",
@@ -45,6 +46,8 @@ SHORT = {
     "cim.steps_per_class": 1.0,
     "der.representation.warmup": 100,
     "eec.width": 4,
+    "lecnet.later.epochs": 200,
+    "lecnet.analyse": True,
     "samc.first.batch_size": 3,
     "samc.later.batch_size": 3,
     "samc.analyse": True,

@@ -117,3 +117,21 @@ def test_interval_is_students(n, quantile):
 
 def test_no_interval_of_two():
     assert metrics.mean_interval([1.0, 3.0]) == (2.0, None)
+
+
+def test_base_and_novel_pool_test_images():
+    """Classes of different sizes: summed, not averaged over classes."""
+    correct = [[3, 10], [2, 10, 1], [0, 0, 1, 30]]
+    count = [[5, 40], [5, 40, 2], [5, 40, 2, 50]]
+    base, novel = metrics.base_and_novel(correct, count, 2)
+    assert base == pytest.approx([100 * 13 / 45, 100 * 12 / 45, 0.0])
+    assert np.isnan(novel[0]) and novel[1:] == pytest.approx([50.0, 100 * 31 / 52])
+    harmonic = metrics.harmonic_mean(base, novel)
+    assert np.isnan(harmonic[0]) and harmonic[2] == 0.0
+    assert harmonic[1] == pytest.approx(2 / (45 / 1200 + 1 / 50))
+    curve = metrics.accuracy_curve(correct, count)
+    assert metrics.performance_drop(curve) == pytest.approx(100 * (13 / 45 - 31 / 97))
+
+
+def test_harmonic_mean_of_nothing_is_nothing():
+    assert metrics.harmonic_mean(np.zeros(1), np.zeros(1)).tolist() == [0.0]

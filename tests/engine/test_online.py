@@ -19,7 +19,7 @@ from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine.online import see_once, taken
 from fastcil.engine.plan import make_plan
 from fastcil.engine.rehearsal import rehearse
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.trainer import Trainer
 
 OPTIONS = {

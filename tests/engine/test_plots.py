@@ -179,12 +179,19 @@ def test_records_are_drawn(make_result):
     figure = plots.plot_record({"kind": "matrix", "title": "t", "payload": matrix})
     assert [t.get_text() for t in figure.axes[0].texts] == ["1.00", "2.00", "3.00", "5.00", "6.00"]
     render(figure)
+    points = {"base": [[0.0, 1.0], [2.0, 3.0]], "new": [[4.0, 5.0]]}
+    figure = plots.plot_record({"kind": "scatter", "title": "t", "payload": {"points": points}})
+    clouds = {c.get_label(): c.get_offsets().tolist() for c in figure.axes[0].collections}
+    assert clouds == points
+    render(figure)
 
 
 @pytest.mark.parametrize(
     "record",
     [
         {"kind": "table", "title": "odd", "payload": {}},
+        {"kind": "scatter", "title": "odd", "payload": {"points": {"a": [[1], [2]]}}},
+        {"kind": "scatter", "title": "odd", "payload": {}},
         {"kind": "curve", "title": "odd", "payload": {"x": [1]}},
         {"kind": "curve", "title": "odd", "payload": {"x": [1], "y": [2]}},
         {"kind": "curve", "title": "odd", "payload": {"x": [1], "y": {"a": [1, 2]}}},

@@ -34,6 +34,7 @@ from fastcil.engine.scenario import split_classes
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget
 from fastcil.methods.foster import Foster
+from fastcil.methods.lecnet import LECNet
 from fastcil.methods.lucir import LUCIR
 
 FILES = sorted((Path(fastcil.__file__).parent / "presets").glob("*/*.yaml"))
@@ -46,7 +47,8 @@ CLASSES = {
     "mini-imagenet": 100,
 }
 SAMC = [name for name in preset_names() if name.startswith("samc/")]
-SIDES = {"cim": 224, "samc/mini": 84}
+FEW_SHOT = [n for n in preset_names() if read_preset(n).arguments["scenario"].startswith("few-")]
+SIDES = {"cim": 224, "samc/mini": 84, "lecnet/cub200": 224, "fscil/mini": 84, "fscil/cub200": 224}
 SHARED = {"title", "images", "configs", "runs", *ARGUMENTS}
 # Of the runs of one file the first that a method is in: they differ in tasks and memory.
 CELLS = [
@@ -70,7 +72,7 @@ def test_files_hold_nothing_unknown(file: Path) -> None:
     assert set(content["configs"]) <= {*METHODS, *ADDONS}
 
 
-@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SAMC}))
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SAMC, *FEW_SHOT}))
 def test_a_preset_is_a_run(name: str) -> None:
     preset = read_preset(name)
     data, scenario, memory = preset.arguments.values()
@@ -134,6 +136,54 @@ def test_the_samc_papers_protocol(name: str) -> None:
     completion = name.rpartition("-")[2]
     known = ("zero", "rule", "autoencoder")
     assert settings.groups["samc"].completion == (completion if completion in known else "both")
+
+
+@pytest.mark.parametrize("name", [name for name in FEW_SHOT if name.startswith("lecnet/")])
+def test_the_ablations_of_lecnet(name: str) -> None:
+    """Yang et al. (2021), Tables 1 to 3; runs differ in what lecnet does."""
+    preset = read_preset(name)
+    assert list(preset.arguments.values()) == ["cub200", "few-100-10x5", "none"]
+    check_parts(preset)
+    (figure,) = preset.published
+    settings = make_settings("lecnet", preset.options_for(["lecnet"]))
+    published = LECNet.PRESETS["fscil-cub"]
+    own = {k: v for k, v in vars(settings.groups["lecnet"]).items() if v != getattr(published, k)}
+    told = name.removeprefix("lecnet/cub200-")
+    last, changed = {
+        "baseline": (24.31, {"expansion": "none"}),
+        "ne": (28.41, {"expansion": "ne"}),
+        "nc": (29.48, {"expansion": "nc"}),
+        "sa": (31.96, {}),
+        "conv1x1": (29.76, {"layer": "conv1x1"}),
+        "conv3x3": (31.05, {"layer": "conv3x3"}),
+        "gamma-0.8": (30.2, {}),
+    }.get(told) or (figure.last, {"gamma": float(told.removeprefix("gamma-"))})
+    assert (figure.last, own) == (last, changed)
+
+
+@pytest.mark.parametrize(
+    ("data", "sessions", "published"),
+    [("cifar100", 9, "Table 5"), ("mini-imagenet", 9, "Table 7"), ("cub200", 11, "Table 4")],
+)
+def test_the_few_shot_tables(data: str, sessions: int, published: str) -> None:
+    """Yang et al. (2021), Tables 4, 5 and 7: every row, and one base session for all."""
+    preset = read_preset(f"fscil/{data}-400")
+    assert preset.arguments["data"] == data and preset.arguments["memory"] == "400 images"
+    check_parts(preset)
+    methods = [figure.method for figure in preset.published]
+    assert methods == ["finetune", "joint", "icarl", "eeil", "ncm", "topic", "lecnet"]
+    recipes = []
+    for figure in preset.published:
+        assert len(figure.sessions) == sessions and figure.source.endswith(published)
+        assert figure.last == figure.sessions[-1] < figure.average < figure.sessions[0]  # type: ignore[operator]
+        settings = make_settings(figure.method, preset.options_for([figure.method]))
+        assert settings.engine.exemplars_of == "first" and settings.engine.order_seed is None
+        config = settings.groups[figure.method]
+        assert config.normalised
+        recipes.append(config.recipe if figure.method == "joint" else config.first)
+    assert all(recipe == recipes[0] for recipe in recipes)
+    topic = {"cifar100": 42.62, "mini-imagenet": 39.64, "cub200": 43.92}[data]
+    assert next(f.average for f in preset.published if f.method == "topic") == topic
 
 
 @pytest.mark.parametrize(("name", "method"), CELLS)
@@ -212,7 +262,7 @@ def test_published_figures(name: str, method: str, average: float, last: float |
 
 def test_every_cell_of_the_tables_is_there() -> None:
     counts = dict.fromkeys(("Table 1", "Table 2", "Table 4"), 0)
-    for name in {*preset_names()} - {*SAMC}:
+    for name in {*preset_names()} - {*SAMC, *FEW_SHOT}:
         for figure in read_preset(name).published:
             for table in counts:
                 counts[table] += figure.source.replace("Tables 1 and 5", "Table 1").endswith(table)

@@ -16,7 +16,7 @@ from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine.compare import Comparison
 from fastcil.engine.probe import NearestNeighbours
 from fastcil.engine.report import render_report
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 
 OPTIONS = {
     "engine.epoch_scale": 0.01,

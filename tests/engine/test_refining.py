@@ -15,7 +15,7 @@ from fastcil.addons.mnemonics import Mnemonics
 from fastcil.contract import evaluating
 from fastcil.contract.registry import ADDONS, CODECS
 from fastcil.data import ImageStore
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.state import load_state
 from fastcil.engine.trainer import Trainer
 from fastcil.memory import Memory

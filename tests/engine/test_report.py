@@ -111,7 +111,7 @@ def check(path):
 def test_a_run_has_every_section(tmp_path, make_result):
     result = save_run(make_result("er", readouts=("nme", "linear"), records=RECORDS), tmp_path)
     page = check(write_report(tmp_path))
-    sections = [name for name in report._SECTIONS if name != "sweeps"]
+    sections = [name for name in report._SECTIONS if name not in ("sweeps", "sessions")]
     assert [i for i in page.ids if i in report._SECTIONS] == sections
     shown = page.values("aria-label")
     # Curves, top-5, matrix, forgetting twice, memory, exemplars, time and two records.

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcil import Arrival, FastcilError, Learner, Result, Scenario, train
 from fastcil.contract import evaluating
 from fastcil.data import Dataset, Examples, ImageStore
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.trainer import Trainer
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")

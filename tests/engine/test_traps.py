@@ -17,7 +17,7 @@ import pytest
 from backbones import ConvNet
 
 from fastcil import Arrival, Result, Scenario, train
-from fastcil.engine.run import SeedRun
+from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.trainer import Trainer
 
 SIZES = (4, 1, 2)

@@ -29,9 +29,12 @@ NAMES = (
     "darkpp",
     "icarl",
     "eeil",
+    "lecnet",
     "wa",
     "podnet",
     "lucir",
+    "ncm",
+    "topic",
     "der",
     "foster",
 )
@@ -52,7 +55,14 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dlcft", {"classifier": "static", "curvature": "kfac"}),
     ("icarl", {"loss": "softmax"}),
     ("icarl", {"form": "online"}),
+    ("icarl", {"form": "few-shot", "trains": "last-block", "normalised": True}),
     ("eeil", {"finetuning_teacher": "trained"}),
+    ("eeil", {"form": "few-shot", "trains": "last-block"}),
+    ("topic", {"trains": "all", "old_rows": "trained", "min_weight": 0.0, "anchor_weight": 1.0}),
+    ("lecnet", {"expansion": "none"}),
+    ("lecnet", {"expansion": "ne", "fuse": "concat", "trains": "expansion"}),
+    ("lecnet", {"expansion": "nc", "fuse": "concat", "normalised": True}),
+    ("lecnet", {"layer": "conv3x3", "removal": "mean", "trains": "last-block", "analyse": True}),
     ("wa", {"scale": "logits"}),
     ("wa", {"bias": True, "clamp": False}),
     ("der", {"head": "copied"}),
@@ -309,6 +319,7 @@ def test_declarations():
         "lwf": "nothing",
         "ebm": "nothing",
         "eec": "nothing",
+        "lecnet": "nothing",
         **dict.fromkeys(HELD, "nothing"),
         "joint": "everything",
     }
@@ -321,5 +332,6 @@ def test_declarations():
         "mer": "own",
         "dark": "own",
         "darkpp": "own",
+        "topic": "own",
     }
     assert [n for n, c in table.items() if c.auto_augment] == ["foster"]

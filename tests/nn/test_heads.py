@@ -68,6 +68,23 @@ def test_structure(bias):
     assert torch.equal(again(features), head(features))
 
 
+def test_normalised():
+    torch.manual_seed(0)
+    head = LinearHead(300, 100, normalised=True)
+    assert head.bias is None and abs(head.weight.std() / 0.001 - 1) < 0.02
+    known = head.weight.detach().clone()
+    head.grow(150)
+    assert torch.equal(head.weight[:100], known)
+    assert abs(head.weight[100:].std() / 0.001 - 1) < 0.03
+    features = torch.randn(3, 300)
+    unit = features / features.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(head(features), unit @ head.weight.T)
+    assert torch.equal(head(torch.zeros(1, 300)), torch.zeros(1, 150))
+    again = build_head(json.loads(json.dumps(head.structure())))
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again(features), head(features)) and "normalised" in str(head)
+
+
 def test_another_kind_of_head(monkeypatch):
     monkeypatch.setitem(HEADS, "mine", lambda structure: nn.Linear(structure["d"], 2))
     assert build_head({"kind": "mine", "d": 3}).in_features == 3

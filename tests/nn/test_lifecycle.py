@@ -18,6 +18,7 @@ def test_start_network():
     assert network.head.bias is not None
     assert network(torch.zeros(2, 3, 6, 6)).shape == (2, 4)
     assert start_network(ConvNet(), 4, bias=False).head.bias is None
+    assert start_network(ConvNet(), 4, normalised=True).head.normalised
 
 
 def test_new_head_lies_where_its_network_does():

@@ -1,0 +1,284 @@
+"""A Learner driven through a Scenario and measured, from any point where it was stopped."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcil.contract import Task
+from fastcil.data import Examples
+from fastcil.engine.environment import environment
+from fastcil.engine.epoch_choice import EpochChoice, hold_out
+from fastcil.engine.evaluate import count_ahead, count_correct
+from fastcil.engine.events import JsonLines, Listener, TensorBoard, broadcast
+from fastcil.engine.first_task import SharedFirstTask
+from fastcil.engine.learner import Learner
+from fastcil.engine.lesson import FirstTask
+from fastcil.engine.localisation import localisation_records
+from fastcil.engine.plan import Plan
+from fastcil.engine.probe import probes
+from fastcil.engine.progress import make_progress
+from fastcil.engine.records import collect_records, record_to_plain
+from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
+from fastcil.engine.scenario import Arrival, pick
+from fastcil.engine.state import load_state, locked, save_state
+from fastcil.engine.trainer import Trainer
+from fastcil.engine.tsne import tsne_records
+
+CHECKPOINT, LEARNER, RESULT = "checkpoint.safetensors", "learner.safetensors", "result.json"
+
+
+class SeedRun:
+    """One seed's run: tasks, evaluation, checkpoints.
+
+    Args:
+        plan: What to run.
+        seed: Which seed.
+        folder: Where to keep it, or None.
+        first: The first task that it shares with other runs, which it takes over if the plan says
+            so, and trains and keeps if not.
+    """
+
+    def __init__(
+        self, plan: Plan, seed: int, folder: Path | None, first: SharedFirstTask | None = None
+    ) -> None:
+        self.plan = plan
+        self.seed = seed
+        self.folder = folder
+        self.learner: Learner | None = None
+        self.outcome = SeedOutcome(seed)
+        self._saved_at = time.monotonic()
+        self._task_began = 0.0
+        self._ahead: dict[str, int] | None = None
+        self._first: FirstTask | None = None
+        if first is not None:
+            self._first = first.take if plan.first_task else first.keep
+
+    def run(self) -> SeedOutcome:
+        """Runs what is left to run and hands over everything measured."""
+        if self.folder is None:
+            return self._run()
+        if not (self.folder / RESULT).is_file():
+            with locked(self.folder):
+                # Another process may have finished it meanwhile.
+                if not (self.folder / RESULT).is_file():
+                    return self._run()
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return Result.load(self.folder).outcomes[0]
+
+    def _run(self) -> SeedOutcome:
+        tell = self._listener()
+        tell("run", {"method": self.plan.settings.method, "seed": self.seed})
+        resume = self._restore(tell)
+        arrivals = self.plan.scenario.arrivals
+        try:
+            for number in range(len(self.outcome.tasks), len(arrivals)):
+                tell("task", {"task": number, "tasks": len(arrivals), "seed": self.seed})
+                self._run_task(number, tell, resume)
+                resume = None
+        finally:
+            tell("finished", {"seed": self.seed})
+        self._finish()
+        return self.outcome
+
+    def _listener(self) -> Listener:
+        engine = self.plan.settings.engine
+        listeners: list[Listener] = [make_progress(engine.progress)]
+        if self.folder is not None:
+            listeners.append(JsonLines(self.folder / "events.jsonl"))
+            if engine.tensorboard:
+                listeners.append(TensorBoard(self.folder / "tensorboard"))
+        return broadcast(listeners)
+
+    def _restore(self, tell: Listener) -> dict[str, Any] | None:
+        """The learner where it was stopped, or a new one; returns what a task under way needs."""
+        file = self.folder / CHECKPOINT if self.folder is not None else None
+        if self.folder is not None:
+            # What a kill left in the middle of a write.
+            for draft in self.folder.glob(".*.safetensors.*"):
+                draft.unlink()
+        if file is None or not file.is_file():
+            plan = self.plan
+            self.learner = Learner(
+                memory=plan.budget,
+                device=plan.device,
+                seed=self.seed,
+                backbone=plan.backbone,
+                settings=plan.settings,
+            )
+            return None
+        state = load_state(file)
+        # Options that may change between two sittings are this sitting's.
+        saved = {**state["learner"], "settings": self.plan.settings.as_dict()}
+        self.learner = Learner.from_state(
+            saved, device=self.plan.device, backbone=self.plan.backbone
+        )
+        self.outcome = SeedOutcome(self.seed, [TaskOutcome(**t) for t in state["tasks"]])
+        tell("resumed", {"task": len(self.outcome.tasks), "path": str(file)})
+        return state if "trainer" in state else None
+
+    def _run_task(self, number: int, tell: Listener, resume: dict[str, Any] | None) -> None:
+        assert self.learner is not None
+        spent = resume["seconds"] if resume else 0.0
+        self._task_began = time.monotonic() - spent
+        self._ahead = resume.get("ahead") if resume else None
+        task, names = self._task(number)
+        engine = self.plan.settings.engine
+        look = self._look_ahead if engine.forward_transfer and number > 0 else None
+        save = self._save_between_steps
+        if number == 0 and self.plan.first_task:
+            tell("shared", {"first_task": self.plan.first_task})
+        lesson = self.learner.learn_task(
+            task, names, tell, save, resume, look, self._judges(task), self._first
+        )
+        outcome = self._measure(task, len(names), lesson.choice)
+        self.outcome.tasks.append(outcome)
+        tell("evaluated", self._headline(number, outcome))
+        self.learner.method.release()
+        self._save(self.learner.state(), {})
+
+    def _task(self, number: int) -> tuple[Task, list[str]]:
+        """The task, with labels in learning order, and the names of its new classes."""
+        assert self.learner is not None
+        plan, learner = self.plan, self.learner
+        arrival, order = plan.scenario.arrivals[number], plan.scenario.order
+        examples, _ = self._arrived(number)
+        # All images say how they are cut, not those that happen to come first.
+        learner.prepare(plan.dataset.train.images)
+        place = {label: k for k, label in enumerate(order)}
+        known = len(learner.class_names)
+        classes = sorted(place[c] for c in arrival.classes)
+        task = Task(
+            index=number,
+            classes=tuple(classes),
+            known=known,
+            examples=examples,
+            exemplars=learner.memory.examples(),
+            name=f"task {number + 1}",
+            online=plan.scenario.online,
+            few_shot=plan.scenario.few_shot and number > 0,
+        )
+        return task, [plan.dataset.class_names[order[k]] for k in task.new_classes]
+
+    def _look_ahead(self, task: Task) -> None:
+        """Measures the method on a task that it has made room for, and not been trained on."""
+        assert self.learner is not None
+        scenario, method = self.plan.scenario, self.learner.method
+        test = pick(
+            self.plan.dataset.test, Arrival(scenario.arrivals[task.index].classes), scenario.order
+        )
+        tasks = [*self.learner.tasks, len(task.new_classes)] if scenario.task_aware else None
+        self._ahead = count_ahead(method, self.learner.parts.context, test, task.total, tasks)
+
+    def _arrived(self, number: int) -> tuple[Examples, Examples]:
+        """What a task brings to train on, and what is held out of it to choose epochs on."""
+        plan, engine = self.plan, self.plan.settings.engine
+        examples = pick(plan.dataset.train, plan.scenario.arrivals[number], plan.scenario.order)
+        if not plan.scenario.few_shot or engine.epoch_choice != "held-out":
+            return examples, examples.select(torch.arange(0))
+        return hold_out(
+            examples, self.seed if engine.data_seed is None else engine.data_seed, number
+        )
+
+    def _judges(self, task: Task) -> Examples | None:
+        """Images to choose the epochs of a few-shot session on, of all classes known with it."""
+        rule = self.plan.settings.engine.epoch_choice
+        if not task.few_shot or rule == "last":
+            return None
+        if rule == "paper":
+            return self._seen(task.total)
+        return Examples.cat([self._arrived(number)[1] for number in range(task.index + 1)])
+
+    def _seen(self, classes: int) -> Examples:
+        """Test images of the classes learned first."""
+        order = self.plan.scenario.order[:classes]
+        return pick(self.plan.dataset.test, Arrival(order), order)
+
+    def _measure(self, task: Task, classes: int, choice: EpochChoice | None) -> TaskOutcome:
+        assert self.learner is not None
+        learner, plan = self.learner, self.plan
+        order = plan.scenario.order[: len(learner.class_names)]
+        test = self._seen(len(order))
+        task_aware = plan.scenario.task_aware
+        tasks = learner.tasks if task_aware else None
+        method, context = learner.method, learner.parts.context
+        further = probes(
+            method,
+            context,
+            lambda: pick(plan.dataset.train, Arrival(order), order),
+            tasks or [len(order)],
+            plan.settings.engine.knn,
+        )
+        correct = count_correct(method, context, test, len(order), tasks, further)
+        limit = plan.budget.limit(len(order))
+        found = localisation_records(
+            learner,
+            plan.dataset,
+            plan.scenario.arrivals[task.index],
+            order,
+            next(iter(correct.values())),
+            self.outcome.tasks[-1].records if self.outcome.tasks else [],
+        )
+        last = task.index + 1 == len(plan.scenario.arrivals)
+        if plan.settings.engine.tsne and last:
+            found += tsne_records(method, context, test, learner.tasks[0], self.seed)
+        return TaskOutcome(
+            classes=classes,
+            correct=correct,
+            exemplars=learner.memory.counts(len(order)),
+            nbytes=learner.nbytes(),
+            limit=None if limit == float("inf") else limit,
+            units=learner.memory.units,
+            seconds=round(time.monotonic() - self._task_began, 3),
+            records=[
+                *collect_records(learner, task, gallery=self.seed == plan.seeds[0]),
+                *map(record_to_plain, [*found, *(choice.records() if choice else [])]),
+            ],
+            task_aware=task_aware,
+            few_shot=plan.scenario.few_shot,
+            epoch_choice=(choice.rule if choice else "last") if task.few_shot else None,
+            ahead=self._ahead,
+        )
+
+    def _headline(self, number: int, outcome: TaskOutcome) -> dict[str, Any]:
+        accuracy = {
+            name: round(100.0 * sum(c["top1"]) / max(1, sum(c["count"])), 3)
+            for name, c in outcome.correct.items()
+        }
+        return {
+            "task": number,
+            "accuracy": accuracy,
+            "classes": len(outcome.exemplars),
+            "exemplars": sum(outcome.exemplars),
+            "nbytes": outcome.nbytes["budgeted"],
+            "seconds": outcome.seconds,
+        }
+
+    def _save_between_steps(self, trainer: Trainer) -> None:
+        due = self.plan.settings.engine.checkpoint_seconds
+        if self.folder is None or time.monotonic() - self._saved_at < due:
+            return
+        assert self.learner is not None
+        state = self.learner.checkpoint(trainer)
+        seconds = time.monotonic() - self._task_began
+        self._save(state.pop("learner"), {**state, "seconds": seconds, "ahead": self._ahead})
+
+    def _save(self, learner: dict[str, Any], more: dict[str, Any]) -> None:
+        """One file holds everything, so that a kill leaves this checkpoint or the one before."""
+        if self.folder is not None:
+            tasks = [asdict(task) for task in self.outcome.tasks]
+            save_state(self.folder / CHECKPOINT, {"learner": learner, "tasks": tasks, **more})
+            self._saved_at = time.monotonic()
+
+    def _finish(self) -> None:
+        """The finished run's files; the result is written last, since it says it is finished."""
+        if self.folder is None or self.learner is None:
+            return
+        self.learner.save(self.folder / LEARNER)
+        measured = environment(self.plan.device)
+        Result(self.plan.config(), measured, [self.outcome]).save(self.folder / RESULT)
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
