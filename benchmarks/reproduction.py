@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from fastcil import Result
-from fastcil.engine.compare import Comparison, Row
+from fastcil.engine.compare import SESSION_MEASURES, Comparison, Row
+from fastcil.engine.epoch_choice import PAPER_MODE
 from fastcil.engine.metrics import mean_interval
 from fastcil.engine.options import flatten, make_settings
 from fastcil.engine.preset_files import Published, preset_names, read_preset
@@ -53,9 +54,15 @@ def keep(name: str, run_dir: Path) -> Path:
         "command": f"fastcil compare --config benchmarks/reproduction/{name}.yaml",
         "environment": facts[0],
         "config": config,
-        "rows": [dataclasses.asdict(row) for row in comparison.rows()],
+        "rows": [
+            {**dataclasses.asdict(row), "method": comparison.label(row.method)}
+            for row in comparison.rows()
+        ],
+        "notes": comparison.notes,
         "curves": {
-            method: {name: result.curve(name).round(3).tolist() for name in result.readouts}
+            comparison.label(method): {
+                name: result.curve(name).round(3).tolist() for name in result.readouts
+            }
             for method, result in comparison.results.items()
         },
         "first_task": {
@@ -79,8 +86,9 @@ def keep_preset(run_dir: Path) -> Path:
     if name is None:
         raise SystemExit(f"{run_dir} is no run of a preset.")
     preset, method = read_preset(name), result.config["method"]
+    label = method + PAPER_MODE * (result.epoch_choice == "paper")
     run = {
-        "method": method,
+        "method": label,
         "seeds": [outcome.seed for outcome in result.outcomes],
         "readouts": {
             readout: {m: mean_interval(result.per_seed(m, readout)) for m in MEASURES}
@@ -95,7 +103,7 @@ def keep_preset(run_dir: Path) -> Path:
     }
     path = FOLDER / "presets" / f"{name.replace('/', '-')}.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": []}
-    runs = [other for other in kept["runs"] if other["method"] != method]
+    runs = [other for other in kept["runs"] if other["method"] != label]
     content = {"preset": name, "runs": [*runs, run]}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -187,12 +195,29 @@ def table(content: dict[str, Any]) -> str:
         ]
         cells += [""] * (len(columns) - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
+    if rows[0].sessions:
+        lines += ["", *_sessions(rows, content["curves"])]
+    if content.get("notes"):
+        lines += ["", " ".join(content["notes"])]
     facts = content["environment"]
     where = (
         f"`{content['command']}`; {facts['processor']}, {facts['threads']} thread(s), "
         f"torch {facts['torch']}, Python {facts['python']}, commit {facts['commit']}."
     )
     return "\n".join([*lines, "", where])
+
+
+def _sessions(rows: list[Row], curves: dict[str, Any]) -> list[str]:
+    """The lines of a table of few-shot sessions: accuracy after each, and what came of the last."""
+    count = len(next(iter(curves.values()))[rows[0].readout])
+    heads = ["after session", *map(str, range(count)), *SESSION_MEASURES.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    own = {row.method: row for row in reversed(rows)}
+    for method, row in reversed(own.items()):
+        cells = [f"{accuracy:.1f}" for accuracy in curves[method][row.readout]]
+        cells += [_figure(*row.sessions[measure]) for measure in SESSION_MEASURES]
+        lines.append("| " + " | ".join([f"`{method}`", *cells]) + " |")
+    return lines
 
 
 def _figure(mean: float, half: float | None, sign: bool = False) -> str:

@@ -112,6 +112,9 @@ class Comparison:
             f"whose time leaves it out."
             for donor in sorted(donors)
         ]
+        rules = {result.epoch_choice for result in self.results.values()}
+        if any(self.results[d].epoch_choice == "held-out" for d in donors & {*self.results}):
+            notes += ["It lacked the images held out."] if rules - {"held-out"} else []
         return notes
 
     def rows(self) -> list[Row]:

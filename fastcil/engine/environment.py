@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+@cache
 def _commit() -> str | None:
-    """The commit of the working tree fastcil was imported from, with + if it was changed."""
+    """The commit of the working tree fastcil was imported from, with + if it was changed.
+
+    As it was when first asked: later commits are not what this process imported.
+    """
     root = Path(fastcil.__file__).parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Which epoch of a few-shot session is kept: by shots held out, by test images, or the last.
+"""Which epoch of a few-shot session is kept: by images held out, by test images, or the last.
 
 A handful of images is fitted in a few epochs, and forgetting goes on with every further one. So
 published few-shot learners train for long and keep an epoch in the middle, which the released code
@@ -12,19 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastcil.contract import Addon, Method, Record, Stage, Task, evaluating
 from fastcil.data import Examples
+from fastcil.data.ranks import rank_in_class
 from fastcil.engine.context import EngineContext
 from fastcil.engine.events import Listener
+from fastcil.engine.metrics import harmonic_mean
 from fastcil.engine.seeds import generator
 from fastcil.errors import FastcilError
 
 RULES = {
-    "held-out": "held-out shots",
+    "held-out": "images held out, one of each class",
     "paper": "test images (paper mode)",
     "last": "nothing: the last one",
 }
@@ -41,47 +44,35 @@ Figures = dict[str, Any]
 the mean of the cross-entropies of new and of old classes' images."""
 
 
-def hold_out(examples: Examples, seed: int, task: int) -> tuple[Examples, Examples]:
-    """A task's images without one of each class, and these.
+def held_out(labels: Tensor, seed: int, task: int) -> Tensor:
+    """Which of a task's images are held out: one of each class.
 
     A class of which there is a single image keeps it.
 
     Args:
-        examples: What the task brings.
+        labels: Of what the task brings, int64 [N].
         seed: Of the draw, ``engine.data_seed`` or else the run's.
         task: Its number.
 
     Returns:
-        The images to train on, in their order; the others, one of each class at most.
+        bool [N].
 
     Example:
-        >>> from fastcil.data import ImageStore
-        >>> store = ImageStore.from_batch(torch.zeros(6, 4, 4, 3, dtype=torch.uint8))
-        >>> shots = Examples(store, torch.tensor([3, 3, 3, 4, 4, 5]))
-        >>> rest, held = hold_out(shots, seed=0, task=1)
-        >>> rest.labels.tolist(), held.labels.tolist()
-        ([3, 3, 4, 5], [3, 4])
+        >>> labels = torch.tensor([3, 3, 3, 4, 4, 5])
+        >>> labels[held_out(labels, seed=0, task=1)].tolist()
+        [3, 4]
     """
-    labels = examples.labels.cpu()
+    labels = labels.cpu()
     order = torch.randperm(len(labels), generator=generator(_HOLD, seed, task))
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        places = order[labels[order] == label]
-        held[places[: min(1, len(places) - 1)]] = True
-    rest, few = (examples.select(part.nonzero().flatten()) for part in (~held, held))
-    return rest, few
+    rank = torch.empty_like(order)
+    rank[order] = rank_in_class(labels[order])
+    return (rank == 0) & (labels.bincount()[labels] > 1)
 
 
-def harmonic_mean(new: float, old: float | None) -> float:
-    """2 new old / (new + old); ``new`` alone where there is nothing old.
-
-    Example:
-        >>> harmonic_mean(60.0, 20.0), harmonic_mean(60.0, None), harmonic_mean(0.0, 0.0)
-        (30.0, 60.0, 0.0)
-    """
-    if old is None:
-        return new
-    return 2.0 * new * old / (new + old) if new + old else 0.0
+def _score(figures: Figures) -> float:
+    """The accuracy on new classes, or its harmonic mean with that on old ones, if there are any."""
+    new, old = figures["new"], figures["old"]
+    return float(new if old is None else harmonic_mean(np.array([new]), np.array([old]))[0])
 
 
 def prefers(rule: str, figures: Figures, best: Figures | None) -> bool:
@@ -115,7 +106,7 @@ def prefers(rule: str, figures: Figures, best: Figures | None) -> bool:
         return bool(new > best["new"] and old > best["old"])
     if best is None:
         return True
-    score, before = harmonic_mean(new, old), harmonic_mean(best["new"], best["old"])
+    score, before = _score(figures), _score(best)
     return score > before or (score == before and figures["loss"] < best["loss"])
 
 
@@ -281,8 +272,9 @@ def plan_choice(
             "are none here; use 'held-out' or 'last', or train on a few-shot scenario."
         )
     if judges is None:
-        shots, held = hold_out(task.examples, seed, task.index)
-        task = replace(task, examples=shots)
+        mask = held_out(task.examples.labels, seed, task.index)
+        rest, held = (task.examples.select(m.nonzero().flatten()) for m in (~mask, mask))
+        task = replace(task, examples=rest)
         again = torch.isin(task.exemplars.labels.cpu(), torch.tensor(task.classes))
         old = task.exemplars.select((~again).nonzero().flatten())
         judges = Examples.cat([held, old]) if len(old) else held

@@ -27,7 +27,7 @@ from fastcil.errors import DataError, FastcilError
 
 LISTED = "few:"
 _DRAWN = re.compile(r"few-(\d+)-(\d+)x(\d+)")
-_SESSION = re.compile(r"session_(\d+)\.txt")
+_SESSION = re.compile(r"session_([1-9]\d*)\.txt")
 
 Sessions = list[tuple[tuple[int, ...], Tensor | None]]
 """Of each session its classes, and its images; None for all images of its classes."""

@@ -20,7 +20,7 @@ def finding(comparison: Comparison) -> str:
     Args:
         comparison: One method or several.
     """
-    results = comparison.results
+    results = {comparison.label(m): result for m, result in comparison.results.items()}
     if len(results) == 1:
         return _of_one(*next(iter(results.items())))
     equally = (

@@ -238,6 +238,13 @@ def _check_alike(label: str, own: Plan, donor: str, plan: Plan) -> None:
         for some in (own, plan)
     )
     _check_same(label, mine, donor, theirs)
+    rules = own.settings.engine.epoch_choice, plan.settings.engine.epoch_choice
+    if plan.scenario.few_shot and rules[0] == "held-out" != rules[1]:
+        raise FastcilError(
+            f"share_first_task is True, but '{donor}', whose engine.epoch_choice is '{rules[1]}', "
+            f"trains on the images that '{label}' would judge epochs by; put one first that holds "
+            f"them out."
+        )
 
 
 def _check_takes_over(label: str, own: _Trial, donor: str, trained: _Trial) -> None:

@@ -125,7 +125,8 @@ class Learner:
                 images, arrays ``(x, y)``, or anything else `fastcil.data.load_examples` reads.
             names: Class names for arrays, one for each label that occurs, in ascending order.
             few_shot: Whether these are a few images of each class, of which one is held out to
-                choose the epoch on, unless ``engine.epoch_choice`` is ``last``.
+                choose the epoch on, unless ``engine.epoch_choice`` is ``last``. Old classes are
+                judged by their exemplars, which are trained on; without any, not at all.
 
         Returns:
             The learner itself.

@@ -43,6 +43,7 @@ class _Size:
     """How large a task is: new classes and images, exemplars before and at its end."""
 
     classes: int
+    known: int
     new: int
     old: float
     quota: float
@@ -93,7 +94,8 @@ def measure(plan: Plan) -> Needs:
 
     Tasks from the third on are taken to be like the second, for as many images as they have; where
     extractors are added, the forward pass of each costs a third of a step of the first task.
-    Selection and evaluation are a forward pass of each image they see. The exemplars counted are
+    Selection, evaluation and the choice of epochs are a forward pass of each image they see. The
+    exemplars counted are
     those that memory would hold raw: compressed ones are more.
 
     Args:
@@ -120,9 +122,20 @@ def measure(plan: Plan) -> Needs:
                 steps += stage.epochs * each
                 seconds += stage.epochs * each * spent * slower
         seen = size.new + size.old + task.readouts * size.test
+        if number:
+            seen += _judged(plan, sum(stage.epochs for stage in task.stages), size)
         seconds += seen * per_image / 3 * max(1, task.extractors) * slower
     tasks = len(plan.scenario.arrivals)
     return Needs(tasks, epochs, steps, seconds, 1.0 / per_image, held)
+
+
+def _judged(plan: Plan, epochs: int, size: _Size) -> float:
+    """Images looked at to choose among a later task's epochs, each time counted."""
+    engine = plan.settings.engine
+    if not plan.scenario.few_shot or engine.epoch_choice == "last":
+        return 0.0
+    judges = size.test if engine.epoch_choice == "paper" else size.known
+    return math.ceil(epochs / engine.epoch_choice_every) * judges
 
 
 def _growth(rehearsed: list[RehearsedTask], number: int) -> float:
@@ -150,7 +163,7 @@ def _sizes(plan: Plan) -> list[_Size]:
             old = min(old, _quota(plan, len(known)) * len(known))
         known |= dict.fromkeys(classes)
         quota = _quota(plan, len(known))
-        sizes.append(_Size(len(classes), new, old, quota, int(test[list(known)].sum())))
+        sizes.append(_Size(len(classes), len(known), new, old, quota, int(test[list(known)].sum())))
         before += new
     return sizes
 

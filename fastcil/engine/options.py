@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import typing
@@ -267,8 +268,22 @@ def _build(name: str, cls: type, values: Mapping[str, Any]) -> Any:
     # It takes a dash in a name for an underscore.
     plain = name.replace("-", "_")
     try:
-        parser = _parser(plain, cls)
-        return parser.instantiate(parser.parse_object({plain: dict(values)}))[plain]
+        written = json.dumps(values)
+    except TypeError:  # Some are objects of Python's, such as a Recipe.
+        return _parse(plain, cls, dict(values))
+    return _parse_written(plain, cls, written)
+
+
+@lru_cache(maxsize=256)
+def _parse_written(name: str, cls: type, values: str) -> Any:
+    """`_parse` of JSON: a run reads the same options several times, into what nobody changes."""
+    return _parse(name, cls, json.loads(values))
+
+
+def _parse(name: str, cls: type, values: dict[str, Any]) -> Any:
+    try:
+        parser = _parser(name, cls)
+        return parser.instantiate(parser.parse_object({name: values}))[name]
     except FastcilError:
         raise
     except Exception as error:

@@ -16,7 +16,7 @@ import yaml
 
 from fastcil.data import Dataset, load
 from fastcil.engine.environment import environment
-from fastcil.engine.options import Settings, make_settings
+from fastcil.engine.options import Settings, flatten, make_settings
 from fastcil.engine.parts import Parts
 from fastcil.engine.resolve import natural_look, pick_device
 from fastcil.engine.scenario import Scenario, make_scenario
@@ -184,7 +184,8 @@ def claim(folder: Path, plan: Plan) -> None:
     now = _from_yaml(_to_yaml(plan.identity()))
     if identity.is_file():
         before = _from_yaml(identity.read_bytes())
-        differences = _differences(before, now)
+        as_published = make_settings(plan.settings.method, codec=plan.settings.codec).as_dict()
+        differences = _differences(before, now, flatten(as_published))
         if differences:
             raise FastcilError(
                 f"run_dir is '{folder}', which holds a run of another config "
@@ -199,7 +200,9 @@ def claim(folder: Path, plan: Plan) -> None:
     if plan.dataset.skipped:
         lines = "".join(f"{line}\n" for line in plan.dataset.skipped)
         write_atomically(folder / "skipped.txt", lines.encode())
-    write_atomically(folder / "config.yaml", _to_yaml(plan.config()))
+    # Whose first task it took over is no option: alone, it would train one.
+    options = {name: value for name, value in plan.config().items() if name != "first_task"}
+    write_atomically(folder / "config.yaml", _to_yaml(options))
     if not (folder / "result.json").is_file():
         now = environment(plan.device)
         write_atomically(folder / "environment.yaml", _to_yaml(now))
@@ -216,12 +219,16 @@ def _from_yaml(data: bytes) -> Any:
     return yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Options whose values differ: ``name: old, now new``."""
+def _differences(before: Any, now: Any, defaults: Mapping[str, Any], name: str = "") -> list[str]:
+    """Options whose values differ: ``name: old, now new``.
+
+    An option that an earlier version did not have is no difference while it has its default.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            line
-            for key in [*before, *(k for k in now if k not in before)]
-            for line in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-        ]
+        found = []
+        for key in dict.fromkeys([*before, *now]):
+            place, value = f"{name}.{key}".lstrip("."), now.get(key)
+            absent = {} if isinstance(value, dict) else defaults.get(place)
+            found += _differences(before.get(key, absent), value, defaults, place)
+        return found
     return [] if before == now else [f"{name} was {before}, now {now}"]

@@ -57,7 +57,8 @@ def header(comparison: Comparison) -> Html:
         "seeds": ", ".join(str(outcome.seed) for outcome in result.outcomes),
         "device": result.environment.get("device", "unknown"),
     }
-    if any(r.epoch_choice == "paper" for r in comparison.results.values()):
+    rules = {result.epoch_choice for result in comparison.results.values()}
+    if rules == {"paper"}:
         facts["epochs"] = f"chosen on {RULES['paper']}"
     shown = [Html(f"{name} {tag('b', value)}") for name, value in facts.items()]
     several = "a comparison at equal memory" if len(comparison.memories) == 1 else "a comparison"
@@ -85,7 +86,8 @@ def _tiles(comparison: Comparison) -> Html:
             ("wall time", format_seconds(result.seconds), "per seed"),
         ]
     else:
-        fair = {m: r for m, r in results.items() if not exceeds_budget(r)} or results
+        named = {comparison.label(m): r for m, r in results.items()}
+        fair = {m: r for m, r in named.items() if not exceeds_budget(r)} or named
         tiles = [
             _leaders(
                 "highest average accuracy",

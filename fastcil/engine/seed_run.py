@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastcil.contract import Task
 from fastcil.data import Examples
 from fastcil.engine.environment import environment
-from fastcil.engine.epoch_choice import EpochChoice, hold_out
+from fastcil.engine.epoch_choice import EpochChoice, held_out
 from fastcil.engine.evaluate import count_ahead, count_correct
 from fastcil.engine.events import JsonLines, Listener, TensorBoard, broadcast
 from fastcil.engine.first_task import SharedFirstTask
@@ -24,7 +25,7 @@ from fastcil.engine.probe import probes
 from fastcil.engine.progress import make_progress
 from fastcil.engine.records import collect_records, record_to_plain
 from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
-from fastcil.engine.scenario import Arrival, pick
+from fastcil.engine.scenario import Arrival, pick, positions
 from fastcil.engine.state import load_state, locked, save_state
 from fastcil.engine.trainer import Trainer
 from fastcil.engine.tsne import tsne_records
@@ -145,8 +146,8 @@ class SeedRun:
         """The task, with labels in learning order, and the names of its new classes."""
         assert self.learner is not None
         plan, learner = self.plan, self.learner
-        arrival, order = plan.scenario.arrivals[number], plan.scenario.order
-        examples, _ = self._arrived(number)
+        order, (arrival, _) = plan.scenario.order, self._arrived(number)
+        examples = pick(plan.dataset.train, arrival, order)
         # All images say how they are cut, not those that happen to come first.
         learner.prepare(plan.dataset.train.images)
         place = {label: k for k, label in enumerate(order)}
@@ -174,24 +175,26 @@ class SeedRun:
         tasks = [*self.learner.tasks, len(task.new_classes)] if scenario.task_aware else None
         self._ahead = count_ahead(method, self.learner.parts.context, test, task.total, tasks)
 
-    def _arrived(self, number: int) -> tuple[Examples, Examples]:
-        """What a task brings to train on, and what is held out of it to choose epochs on."""
+    def _arrived(self, number: int) -> tuple[Arrival, Tensor]:
+        """A task as it is trained, and the images held out of it to choose epochs on, int64."""
         plan, engine = self.plan, self.plan.settings.engine
-        examples = pick(plan.dataset.train, plan.scenario.arrivals[number], plan.scenario.order)
+        arrival = plan.scenario.arrivals[number]
         if not plan.scenario.few_shot or engine.epoch_choice != "held-out":
-            return examples, examples.select(torch.arange(0))
-        return hold_out(
-            examples, self.seed if engine.data_seed is None else engine.data_seed, number
-        )
+            return arrival, torch.empty(0, dtype=torch.int64)
+        index = positions(plan.dataset.train, arrival)
+        seed = self.seed if engine.data_seed is None else engine.data_seed
+        held = held_out(plan.dataset.train.labels.cpu()[index], seed, number)
+        return replace(arrival, images=index[~held]), index[held]
 
     def _judges(self, task: Task) -> Examples | None:
         """Images to choose the epochs of a few-shot session on, of all classes known with it."""
-        rule = self.plan.settings.engine.epoch_choice
+        rule, order = self.plan.settings.engine.epoch_choice, self.plan.scenario.order
         if not task.few_shot or rule == "last":
             return None
         if rule == "paper":
             return self._seen(task.total)
-        return Examples.cat([self._arrived(number)[1] for number in range(task.index + 1)])
+        held = torch.cat([self._arrived(number)[1] for number in range(task.index + 1)])
+        return pick(self.plan.dataset.train, Arrival(order[: task.total], held), order)
 
     def _seen(self, classes: int) -> Examples:
         """Test images of the classes learned first."""
@@ -218,7 +221,7 @@ class SeedRun:
         found = localisation_records(
             learner,
             plan.dataset,
-            plan.scenario.arrivals[task.index],
+            self._arrived(task.index)[0],
             order,
             next(iter(correct.values())),
             self.outcome.tasks[-1].records if self.outcome.tasks else [],

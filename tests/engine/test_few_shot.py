@@ -13,6 +13,7 @@ from fastcil import cli
 from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine.few_shot import draw_sessions, read_sessions, session_sizes
 from fastcil.engine.lesson import Lesson
+from fastcil.engine.localisation import QUALITY
 from fastcil.engine.plan import make_plan
 from fastcil.engine.rehearsal import rehearse
 from fastcil.engine.result import Result
@@ -318,3 +319,10 @@ def test_methods_are_told_of_every_session_but_the_base_one(tmp_path, monkeypatc
     shots = plan.identity()["tasks"]
     plan.scenario = replace(plan.scenario, few_shot=False)
     assert plan.identity()["tasks"] != shots
+
+
+def test_boxes_are_judged_on_the_images_that_were_trained(tmp_path):
+    data = "scenes:classes=4,size=32,train_per_class=6,test_per_class=2"
+    options = {**OPTIONS, "augment.size": 32, "cam.threshold": 0.5}
+    result = train("icarl+cam", data, "few-2-1x3", **options)
+    assert [record["title"] for record in result.outcomes[0].tasks[-1].records].count(QUALITY) == 1

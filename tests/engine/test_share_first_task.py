@@ -245,3 +245,11 @@ def test_on_the_command_line_and_in_a_file(flags, asked, tmp_path: Path) -> None
         assert parse_run("compare", config)["share_first_task"] is True
         with pytest.raises(FastcilError, match="'--share-first-task' is unknown"):
             parse_run("train", flags)
+
+
+def test_a_donor_must_hold_out_what_others_judge_by() -> None:
+    variants = {"finetune": {"engine.epoch_choice": "paper"}, "icarl": {}}
+    with pytest.raises(FastcilError, match="put one first that holds them out"):
+        run(variants)
+    variants = {"finetune": {}, "icarl": {"engine.epoch_choice": "paper"}}
+    assert "It lacked the images held out." in run(variants).notes
