@@ -55,8 +55,8 @@ class EEIL(Method):
     is there for this stage only. Without exemplars there is nothing to balance, and no such stage.
 
     ``form="few-shot"`` is the EEIL of Tao et al.'s (2020, TOPIC) tables, for sessions of a few
-    images of each class: with N the new images of a batch, E its exemplars, of which each step
-    takes as many, and weights a and b,
+    images of each class: with N the new images of a batch, E its exemplars, of which a
+    step takes its batch size, or all there are, and weights a and b,
 
     .. math:: L = \mathrm{CE}(z(N), y) + a \, \mathrm{CE}(z(E), y) + b \sum_f L_{D_f}(E) ,
 

@@ -82,8 +82,8 @@ class ICaRL(Method):
     That code sends each X_t through the network by itself; here a step has one forward pass.
 
     ``form="few-shot"`` is the iCaRL of Tao et al.'s (2020, TOPIC) tables, for sessions of a few
-    images of each class: with N the new images of a batch, E its exemplars, of which each step
-    takes as many, and z' the previous network's logits,
+    images of each class: with N the new images of a batch, E its exemplars, of which a
+    step takes its batch size, or all there are, and z' the previous network's logits,
 
     .. math:: L = \frac{1}{|N|} \sum_{x \in N} \mathrm{CE}(z(x), y)
         + \mathrm{KD}(z(E)_{:, known}, z'(E); T) .

@@ -55,7 +55,8 @@ class NCM(Method):
 
         Args:
             first: Recipe of the first task.
-            later: Recipe of every later task; each step takes as many exemplars as new images.
+            later: Recipe of every later task; each step takes its batch size of
+                exemplars too, or all there are.
             weight: w.
             trains: What later tasks train: ``all``, or of all convolutions those of the
                 ``last-block`` alone.

@@ -83,7 +83,8 @@ class TOPIC(Method):
 
         Args:
             first: Recipe of the first task.
-            later: Recipe of every later task; each step takes as many anchors as new images.
+            later: Recipe of every later task; each step takes its batch size of anchors
+                too, or all there are.
             nodes: Of the neural gas after the first task; anchors are as many at most.
             nodes_per_class: Inserted for each class of a later task (ours).
             lifetime: Age beyond which an edge is removed (ours); at most 254.
@@ -310,9 +311,9 @@ class TOPIC(Method):
             return []
         edges, labels = self.gas.edges(), self.gas.labels
         across = int((labels[edges[:, 0]] != labels[edges[:, 1]]).sum())
-        pieces = len(self.gas.components().unique())
+        pieces = len(self.gas.components()[self.gas.known].unique())
         columns = ["nodes", "edges", "of these between classes", "components"]
-        row = [len(self.gas), len(edges), across, pieces]
+        row = [len(self.gas.known), len(edges), across, pieces]
         return [Record("table", "Neural gas", {"columns": columns, "rows": [row]})]
 
 

@@ -135,17 +135,21 @@ class NeuralGas(nn.Module):
         features = features.detach()
         winners = adapt(nodes, features, generator, count * updates)
         idle = torch.bincount(_distances(features, nodes).argmin(1), minlength=count) == 0
+        more = winners[:0]
         if bool(idle.any()):
             start = torch.randperm(len(features), generator=generator)[: int(idle.sum())]
             nodes[idle] = features[start.to(nodes.device)]
             more = adapt(nodes, features, generator, count * updates // 4, _LAST_REACH)
-            winners = torch.cat([winners, more])
         for name in ("nodes", "variance", "labels", "counts", "ages"):
             setattr(self, name, getattr(self, name)[:0])
         self.ages = self.ages[:, :0]
         self.reserve(count, nodes)
         self.nodes = nodes
-        self.ages = age_edges(self.ages, winners, self.lifetime)
+        ages = age_edges(self.ages, winners, self.lifetime)
+        # What was joined to a node where it was is not beside it where it is.
+        ages[idle] = 0
+        ages[:, idle] = 0
+        self.ages = age_edges(ages, more, self.lifetime)
         self._count(features, labels, torch.arange(count, device=features.device))
 
     def insert(

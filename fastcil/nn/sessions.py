@@ -68,7 +68,7 @@ def scores_keeping(head: LinearHead, features: Tensor, known: int) -> Tensor:
     Args:
         head: The head.
         features: [B, D]
-        known: Rows that are left as they are.
+        known: Rows that the loss does not move; an optimiser's weight decay still may.
 
     Returns:
         What ``head(features)`` gives.  # [B, K]

@@ -58,7 +58,7 @@ def stream(shots: int = SHOTS, sessions: int = 2) -> Scenario:
 
 def run(method: str = "finetune", scenario: Scenario | None = None, **changes: Any) -> Result:
     short: dict[str, Any] = {}
-    if method in ("finetune", "icarl", "eeil"):
+    if method in ("finetune", "icarl", "eeil", "lecnet", "topic"):
         short = {f"{method}.first": FIRST, f"{method}.later": RECIPE}
     if method == "eeil":
         short["eeil.finetuning.epochs"] = 2
@@ -238,7 +238,10 @@ def test_figures_are_those_of_the_images(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- resuming -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "rule"), [("eeil", "held-out"), ("finetune", "paper")])
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [("eeil", "held-out"), ("finetune", "paper"), ("lecnet", "paper"), ("topic", "held-out")],
+)
 def test_stopped_again_and_again_ends_in_the_same_bits(
     method, rule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, assert_same
 ) -> None:

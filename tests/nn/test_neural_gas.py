@@ -192,3 +192,16 @@ def test_same_seed_same_bits_and_few_vectors():
 def test_bad_arguments(action, message):
     with pytest.raises(ValueError, match=message):
         action()
+
+
+def test_nodes_that_start_again_leave_their_edges_behind():
+    """Thirty clouds, of which nodes find some only when they are sent there."""
+    centres = 20 * torch.randn(30, 16, generator=seeded(7))
+    features = clusters(centres, 12, 0.3)
+    labels = torch.arange(30).repeat_interleave(12)
+    gas = NeuralGas()
+    gas.fit(features, labels, 75, seeded(8), updates=50)
+    owner = torch.cdist(gas.nodes, centres).argmin(1)
+    edges = gas.edges()
+    across = (owner[edges[:, 0]] != owner[edges[:, 1]]).double().mean()
+    assert float(across) < 0.3, float(across)
