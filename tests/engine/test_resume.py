@@ -19,7 +19,6 @@ from fastcil.engine.state import load_state
 
 OPTIONS = [
     "--data=scenes:classes=6,size=32,train_per_class=8,test_per_class=2",
-    "--scenario=lfs-3",
     "--network.name=resnet20",
     "--network.width=4",
     "--engine.epoch_scale=0.01",
@@ -36,8 +35,9 @@ IMPORTS = ["fastcil.cli", "fastcil.engine.arguments", "fastcil.engine.run", "tor
 def command(run_dir: Path, method: str = "foster+cim") -> list[str]:
     # Memory must have room for the autoencoder of samc.
     memory = "120KiB" if method.endswith("samc") else "24KiB"
-    given = ["train", f"--method={method}", f"--memory={memory}", *OPTIONS]
-    return [*given, f"--run_dir={run_dir}"]
+    scenario = "few-2-2x4" if method == "lecnet" else "lfs-3"
+    given = [f"--method={method}", f"--scenario={scenario}", f"--memory={memory}"]
+    return ["train", *given, *OPTIONS, f"--run_dir={run_dir}"]
 
 
 def kill_after(run_dir: Path, events: int, seconds: float) -> bool:
@@ -118,9 +118,9 @@ def test_killed_three_times_ends_in_the_same_bits(
     assert left == {"events.jsonl", "learner.safetensors", "result.json"}
 
 
-@pytest.mark.parametrize("method", ["dlcft", "darkpp", "gem+samc"])
+@pytest.mark.parametrize("method", ["dlcft", "darkpp", "gem+samc", "lecnet"])
 def test_killed_in_the_second_task(method: str, tmp_path: Path, assert_same) -> None:
-    """What is kept of the first, curvature or logits, and what the later tasks make of it."""
+    """What is kept of the first, and what the later tasks make of it; a few-shot session too."""
     FORKS.set_forkserver_preload(IMPORTS)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert main(command(whole, method)) == 0

@@ -7,6 +7,7 @@ file's tests that use the fixture ``interpreted`` are left out at first; its one
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import struct
@@ -48,7 +49,8 @@ def patched_once() -> Iterator[None]:
     """Lets the interpreter replace triton's language at a launch, not again at every inner call.
 
     It wraps what it has put there already whenever one jitted function calls another, for good,
-    and so takes most of its time.
+    and so takes most of its time. Of the rest a third goes into a look for overflow at every sum
+    of integers, which small shapes don't need: where indices are large, results are compared.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     original = interpreter._patch_lang
@@ -73,6 +75,9 @@ def patched_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang", patch)
+        builder = interpreter.interpreter_builder
+        quick = dataclasses.replace(builder.options, sanitize_overflow=False)
+        context.setattr(builder, "options", quick)
         yield
 
 
