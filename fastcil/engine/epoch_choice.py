@@ -321,6 +321,6 @@ def _record(rule: str, stage: str, chosen: int, judged: Sequence[Figures]) -> Re
             "y": lines,
             "marks": {f"chosen: {chosen + 1}": chosen + 1},
             "xlabel": "epoch",
-            "ylabel": f"accuracy on {RULES[rule]}, %",
+            "ylabel": "accuracy, %",
         },
     )
