@@ -13,6 +13,7 @@ from fastcil.addons.completion_records import Completed
 from fastcil.contract import Batch, Context, Record, Retained, Stage, Task, evaluating, total
 from fastcil.curvature.anchor import draws
 from fastcil.data import Examples, ImageStore
+from fastcil.memory.kept_images import KeptImages
 from fastcil.memory.originals import find_original
 
 Completer = Callable[[ImageStore, Tensor], ImageStore]
@@ -21,7 +22,6 @@ Completer = Callable[[ImageStore, Tensor], ImageStore]
 Gradient = Sequence[Tensor | None]
 """One entry for each parameter; None where the loss doesn't depend on it."""
 
-_STORED = {"pixels": torch.uint8, "offsets": torch.int64, "geometry": torch.int16}
 _FIGURES = ("<g, g~k>", "<g, gk>", "cos(g, g~k)", "cos(g, gk)", "cos(gk, g~k)", "loss on memory")
 _COSINES = slice(2, 5)
 _LOSS = 5
@@ -54,9 +54,6 @@ class Transfer(nn.Module):
         rows: Task, k, the figures as it began, and as it ended, float64 [R, 14].
     """
 
-    pixels: Tensor
-    offsets: Tensor
-    geometry: Tensor
     labels: Tensor
     tasks: Tensor
     maps: Tensor
@@ -67,9 +64,7 @@ class Transfer(nn.Module):
         super().__init__()
         self.context = context
         self.samples = samples
-        for name, dtype in _STORED.items():
-            shape = (0, 8) if name == "geometry" else (0,)
-            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        self.originals = KeptImages()
         for name in ("labels", "tasks"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64))
         self.register_buffer("maps", torch.empty(0, 0, 0))
@@ -79,17 +74,12 @@ class Transfer(nn.Module):
     def keep(self, task: Task, shown: Completed) -> None:
         """Keeps the originals of some exemplars of a task."""
         device = self.labels.device
-        images = ImageStore.cat([self._images(), shown.originals.images.to(device)])
-        for name, value in images.state().items():
-            setattr(self, name, value)
+        self.originals.add(shown.originals.images)
         labels = shown.originals.labels.to(device)
         self.labels = torch.cat([self.labels, labels])
         self.tasks = torch.cat([self.tasks, torch.full_like(labels, task.index)])
         maps = shown.maps.to(device)
         self.maps = torch.cat([self.maps, maps]) if len(self.maps) else maps.clone()
-
-    def _images(self) -> ImageStore:
-        return ImageStore(self.pixels, self.offsets, self.geometry)
 
     def watch(self, task: Task, stage: Stage, complete: Completer) -> None:
         """Measures as a stage begins and as it ends; changes the stage in place.
@@ -127,7 +117,7 @@ class Transfer(nn.Module):
         g, _ = self._gradient(stage, task.examples, order, 0)
         for k in earlier:
             mine = (self.tasks == k).nonzero().flatten()
-            originals = self._images().select(mine)
+            originals = self.originals.store.select(mine)
             completed = complete(originals, self.maps[mine])
             held = Examples(completed, self.labels[mine])
             rows, index = _where(task.exemplars, held)
@@ -177,8 +167,8 @@ class Transfer(nn.Module):
 
     def retained(self) -> Retained:
         """The originals, which no budget counts."""
-        names = (*_STORED, "labels", "tasks", "maps")
-        held = {name: getattr(self, name) for name in names}
+        held = {name: getattr(self, name) for name in ("labels", "tasks", "maps")}
+        held |= dict(self.originals.named_buffers())
         return Retained("originals of exemplars", "analysis", held)
 
     def records(self) -> list[Record]:

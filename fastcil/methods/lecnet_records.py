@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcil.contract import Context, Record, Retained, Task
-from fastcil.data import Examples, ImageStore
+from fastcil.data import Examples
+from fastcil.memory.kept_images import KeptImages
 from fastcil.nn import ExpandedBackbone
 
-_STORED = {"pixels": torch.uint8, "offsets": torch.int64, "geometry": torch.int16}
 _LINES = ("share of indicators below 0.1", "share above 0.9", "‖α‖₁ / c", "τ")
 _NEAR = 0.1
 
@@ -40,9 +40,6 @@ class Analysis(nn.Module):
             of the record; -1 where nothing was noted.  # float64 [E + 1, 4]
     """
 
-    pixels: Tensor
-    offsets: Tensor
-    geometry: Tensor
     start: Tensor
     drift: Tensor
     evolution: Tensor
@@ -51,9 +48,7 @@ class Analysis(nn.Module):
         super().__init__()
         self.context = context
         self.samples = samples
-        for name, dtype in _STORED.items():
-            shape = (0, 8) if name == "geometry" else (0,)
-            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        self.kept = KeptImages()
         self.register_buffer("start", torch.empty(0, 0))
         self.register_buffer("drift", torch.empty(0, dtype=torch.float64))
         self.register_buffer("evolution", torch.empty(0, 4, dtype=torch.float64))
@@ -95,11 +90,8 @@ class Analysis(nn.Module):
             features: Images -> features [B, D], by modules in evaluation mode.
         """
         if task.first:
-            device = self.start.device
-            kept = self.some(task).images.to(device).reconstruct()
-            for name, value in kept.state().items():
-                setattr(self, name, value)
-        images = ImageStore(self.pixels, self.offsets, self.geometry)
+            self.kept.add(self.some(task).images.reconstruct())
+        images = self.kept.store
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         now = self.context.scan(features, Examples(images, labels))
         if task.first:
@@ -110,7 +102,7 @@ class Analysis(nn.Module):
 
     def retained(self) -> Retained:
         """The images and their features, which no budget counts."""
-        held = {name: getattr(self, name) for name in (*_STORED, "start")}
+        held = {**dict(self.kept.named_buffers()), "start": self.start}
         return Retained("images of the first task", "analysis", held)
 
     def records(self) -> list[Record]:

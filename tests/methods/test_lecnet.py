@@ -253,7 +253,7 @@ def test_analyses(lab, expansion, fuse):
         lab.learn(method, task)
         with evaluating(method), torch.no_grad():
             kept = method.analysis
-            images = kept.pixels.view(-1, 8, 8, 3).permute(0, 3, 1, 2) / 127.5 - 1.0
+            images = kept.kept.pixels.view(-1, 8, 8, 3).permute(0, 3, 1, 2) / 127.5 - 1.0
             found.append(method.network.features(images).double())
         if task.first:
             assert len(images) == 7 and torch.equal(found[0].float(), kept.start)
