@@ -5,7 +5,6 @@
 // pass over the data for each factor, by Stockham's scheme, which needs no reordering.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
 #include <c10/util/Exception.h>
 
 #include <array>
@@ -13,6 +12,8 @@
 #include <cstdint>
 #include <utility>
 #include <vector>
+
+#include "vec.h"
 
 namespace fastcil {
 

@@ -2,7 +2,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/full.h>
 #include <torch/library.h>
 
@@ -10,6 +9,8 @@
 #include <cmath>
 #include <limits>
 #include <vector>
+
+#include "vec.h"
 
 namespace fastcil {
 namespace {

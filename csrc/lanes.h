@@ -2,11 +2,11 @@
 #pragma once
 
 #include <ATen/OpMathType.h>
-#include <ATen/cpu/vec/functional_bfloat16.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <type_traits>
+
+#include "vec.h"
 
 namespace fastcil {
 

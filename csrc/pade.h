@@ -3,12 +3,9 @@
 // coefficients times e_k, and so are all their derivatives. Here s is 1 as long as x^8 is harmless.
 #pragma once
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // ATen's own
-#include <ATen/cpu/vec/vec.h>
-#pragma GCC diagnostic pop
-
 #include <algorithm>
+
+#include "vec.h"
 
 namespace fastcil {
 

@@ -1,12 +1,11 @@
 // Sums of products of two panels of kTile channels over samples, kept tile by tile.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
-
 #include <algorithm>
 #include <cstdint>
 
 #include "fourier.h"
+#include "vec.h"
 
 namespace fastcil {
 
