@@ -22,6 +22,7 @@ from fastcil.engine.epoch_choice import PAPER_MODE
 from fastcil.engine.metrics import mean_interval
 from fastcil.engine.options import flatten, make_settings
 from fastcil.engine.preset_files import Published, preset_names, read_preset
+from fastcil.engine.result import SeedOutcome, TaskOutcome
 from fastcil.engine.state import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -40,43 +41,113 @@ FREE += ("engine.progress", "engine.tensorboard", "engine.checkpoint_seconds", "
 
 
 def keep(name: str, run_dir: Path) -> Path:
-    """Writes a comparison's rows and curves, its config and where they come from."""
+    """Writes a comparison's rows and curves, its config and where they come from.
+
+    What is not finished yet is left out and named; a later call with the rest, from another
+    directory too, adds to what is kept.
+    """
     config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    comparison = Comparison({m: Result.load(run_dir / m) for m in config["methods"]})
-    for method, result in comparison.results.items():
-        if [outcome.seed for outcome in result.outcomes] != config["seeds"]:
-            raise SystemExit(f"{run_dir / method} does not hold the seeds {config['seeds']}.")
-    environments = [result.environment for result in comparison.results.values()]
-    facts = [{fact: environment[fact] for fact in FACTS} for environment in environments]
-    if any(other != facts[0] for other in facts):
-        raise SystemExit(f"the methods in {run_dir} were not run by one version on one machine.")
+    kept = FOLDER / "seeds" / f"{name}.json"
+    seeds = gather(config, run_dir, kept)
+    if not seeds:
+        raise SystemExit(f"{run_dir} holds no finished seed of a method of {name}.yaml.")
+    results = {method: _joined(runs) for method, runs in seeds.items()}
+    comparison = Comparison(results)
+    machines = [run["environment"] for runs in seeds.values() for run in runs.values()]
     content = {
         "command": f"fastcil compare --config benchmarks/reproduction/{name}.yaml",
-        "environment": facts[0],
+        "environments": [m for k, m in enumerate(machines) if m not in machines[:k]],
         "config": config,
+        "missing": {
+            method: lacking
+            for method in config["methods"]
+            if (lacking := [s for s in config["seeds"] if str(s) not in seeds.get(method, {})])
+        },
         "rows": [
             {**dataclasses.asdict(row), "method": comparison.label(row.method)}
-            for row in comparison.rows()
+            for row in _rows(results)
         ],
         "notes": comparison.notes,
         "curves": {
             comparison.label(method): {
                 name: result.curve(name).round(3).tolist() for name in result.readouts
             }
-            for method, result in comparison.results.items()
+            for method, result in results.items()
         },
         "first_task": {
             method: result.accuracy_matrix[:, 0].round(3).tolist()
-            for method, result in comparison.results.items()
+            for method, result in results.items()
         },
         "per_seed": {
             method: {measure: result.per_seed(measure) for measure in MEASURES}
-            for method, result in comparison.results.items()
+            for method, result in results.items()
         },
     }
     path = FOLDER / f"{name}.json"
+    kept.parent.mkdir(exist_ok=True)
+    write_atomically(kept, (json.dumps(seeds) + "\n").encode())
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
+
+
+def gather(config: dict[str, Any], run_dir: Path, kept: Path) -> dict[str, dict[str, Any]]:
+    """Every finished seed, method -> seed -> what it was and gave; those of ``run_dir`` count."""
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    found: dict[str, dict[str, Any]] = {}
+    for method in config["methods"]:
+        for seed in config["seeds"]:
+            folder = run_dir / method / f"seed-{seed}"
+            run = before.get(method, {}).get(str(seed))
+            if (folder / "result.json").is_file():
+                run = _bare(Result.load(folder))
+            if run is not None:
+                found.setdefault(method, {})[str(seed)] = run
+    for method, runs in found.items():
+        if any(run["config"] != next(iter(runs.values()))["config"] for run in runs.values()):
+            raise SystemExit(
+                f"{method}: the seeds in {run_dir} and those kept in {kept} were run with other "
+                f"options: remove {kept.name} to keep the new ones alone."
+            )
+    return found
+
+
+def _bare(result: Result) -> dict[str, Any]:
+    """One seed without what the report draws, and without names of this machine's folders."""
+    (outcome,) = result.outcomes
+    tasks = [{**dataclasses.asdict(task), "records": []} for task in outcome.tasks]
+    config = {
+        name: Path(value).name if str(value).startswith("/") else value
+        for name, value in flatten(result.config).items()
+        if name not in ("run_dir", "seeds")
+    }
+    environment = {fact: result.environment[fact] for fact in FACTS}
+    return {"config": config, "environment": environment, "seed": outcome.seed, "tasks": tasks}
+
+
+def _joined(runs: dict[str, Any]) -> Result:
+    """One method's seeds as a result."""
+    first = next(iter(runs.values()))
+    outcomes = [
+        SeedOutcome(run["seed"], [TaskOutcome(**task) for task in run["tasks"]])
+        for run in runs.values()
+    ]
+    return Result(first["config"], first["environment"], outcomes)
+
+
+def _rows(results: dict[str, Result]) -> list[Row]:
+    """A comparison's rows; differences to the first method over the seeds that both have."""
+    base_name, base = next(iter(results.items()))
+    rows = []
+    for method, result in results.items():
+        own = [outcome.seed for outcome in result.outcomes]
+        both = [outcome.seed for outcome in base.outcomes if outcome.seed in own]
+        for row in Comparison({method: result}).rows():
+            if method != base_name and both:
+                pair = Comparison({base_name: base.only(both), method: result.only(both)})
+                paired = {(r.method, r.readout): r.differences for r in pair.rows()}
+                row = dataclasses.replace(row, differences=paired[method, row.readout])
+            rows.append(row)
+    return rows
 
 
 def keep_preset(run_dir: Path) -> Path:
@@ -199,11 +270,10 @@ def table(content: dict[str, Any]) -> str:
         lines += ["", *_sessions(rows, content["curves"])]
     if content.get("notes"):
         lines += ["", " ".join(content["notes"])]
-    facts = content["environment"]
-    where = (
-        f"`{content['command']}`; {facts['processor']}, {facts['threads']} thread(s), "
-        f"torch {facts['torch']}, Python {facts['python']}, commit {facts['commit']}."
-    )
+    if content.get("missing"):
+        told = (f"`{method}` {seeds}" for method, seeds in content["missing"].items())
+        lines += ["", f"Seeds that have not been run yet: {', '.join(told)}."]
+    where = "; ".join([f"`{content['command']}`", *map(_place, content["environments"])]) + "."
     return "\n".join([*lines, "", where])
 
 
@@ -218,6 +288,14 @@ def _sessions(rows: list[Row], curves: dict[str, Any]) -> list[str]:
         cells += [_figure(*row.sessions[measure]) for measure in SESSION_MEASURES]
         lines.append("| " + " | ".join([f"`{method}`", *cells]) + " |")
     return lines
+
+
+def _place(facts: dict[str, Any]) -> str:
+    """Where a figure was taken."""
+    return (
+        f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, "
+        f"Python {facts['python']}, commit {facts['commit']}"
+    )
 
 
 def _figure(mean: float, half: float | None, sign: bool = False) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -47,9 +48,14 @@ def test_kept_figures_belong_to_their_settings_and_name_no_machine(kept: Path) -
     text = kept.read_text()
     content = json.loads(text)
     assert content["config"] == yaml.safe_load(kept.with_suffix(".yaml").read_text())
-    assert re.fullmatch("[0-9a-f]{12}", content["environment"]["commit"]), "of a clean tree"
+    for facts in content["environments"]:
+        assert re.fullmatch("[0-9a-f]{12}", facts["commit"]), "of a clean tree"
     assert not re.search(r'"[^"]*(/home|/root|/tmp|/work|/Users)', text)
-    assert list(content["per_seed"]) == list(content["config"]["methods"])
+    whole = [m for m in content["config"]["methods"] if m not in content.get("missing", {})]
+    assert [m for m in content["per_seed"] if m in whole] == whole
+    seeds = FOLDER / "seeds" / kept.name
+    if seeds.is_file():
+        assert not re.search(r'"[^"]*(/home|/root|/tmp|/work|/Users)', seeds.read_text())
 
 
 def test_the_readme_shows_what_is_kept(reproduction: ModuleType) -> None:
@@ -77,15 +83,35 @@ def test_figures_are_kept_and_tabled(
     content = json.loads(path.read_text())
     assert content["command"].endswith("--config benchmarks/reproduction/tiny.yaml")
     assert [len(v["average"]) for v in content["per_seed"].values()] == [2, 2]
+    assert not content["missing"] and content["rows"][-1]["differences"]
     place = "<!-- presets --><!-- /presets -->"
     readme = reproduction.with_tables(f"a <!-- tiny -->\nold\n<!-- /tiny --> b {place}")
     assert readme.startswith("a <!-- tiny -->\n| method |") and "<!-- /tiny --> b <!--" in readme
-    assert "\n| `finetune` | " in readme and content["environment"]["commit"] in readme
+    (facts,) = content["environments"]
+    assert "\n| `finetune` | " in readme and facts["commit"] in readme
     with pytest.raises(SystemExit, match="no place"):
         reproduction.with_tables("nothing")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**config, "seeds": [0]}))
-    with pytest.raises(SystemExit, match="does not hold the seeds"):
-        reproduction.keep("tiny", tmp_path / "runs")
+    with pytest.raises(SystemExit, match="no finished seed"):
+        (tmp_path / "seeds" / "tiny.json").unlink()
+        reproduction.keep("tiny", tmp_path / "elsewhere")
+    # Seed by seed, from two directories, the same figures come together.
+    for seed, method in ((0, "er"), (1, "er"), (0, "finetune"), (1, "finetune")):
+        one = tmp_path / f"{method}-{seed}" / method
+        one.mkdir(parents=True)
+        shutil.copytree(tmp_path / "runs" / method / f"seed-{seed}", one / f"seed-{seed}")
+        reproduction.keep("tiny", one.parent)
+        parts = json.loads(path.read_text())
+        if (seed, method) == (0, "finetune"):
+            assert parts["missing"] == {"finetune": [1]}
+            assert "`finetune` [1]" in reproduction.table(parts)
+            row = parts["rows"][-1]
+            assert (row["method"], row["seeds"]) == ("finetune", 1) and row["differences"]
+    assert parts == content
+    other = json.loads((tmp_path / "seeds" / "tiny.json").read_text())
+    other["er"]["0"]["config"]["memory"] = "1MiB"
+    (tmp_path / "seeds" / "tiny.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="other options"):
+        reproduction.keep("tiny", tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("kept", PRESET_RUNS, ids=lambda path: path.stem)
