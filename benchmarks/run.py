@@ -28,6 +28,7 @@ import bench_penalty
 import bench_read
 import bench_reconstruct
 import bench_soft_compose
+import bench_symbol_coder
 import gpu_cases
 import torch
 from clocks import on_cuda, on_host
@@ -47,6 +48,7 @@ MODULES = (
     bench_herding,
     bench_input_factor,
     bench_penalty,
+    bench_symbol_coder,
 )
 CASES: tuple[OpCase, ...] = tuple(case for module in MODULES for case in module.CASES)
 CASES += tuple(gpu_cases.CASES)
