@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -121,3 +122,28 @@ def test_build_facts() -> None:
     assert facts["cpu_capability"] in {"DEFAULT", "AVX2", "AVX512"}
     assert f"-DCPU_CAPABILITY={facts['cpu_capability']}" in facts["flags"].split()
     assert facts["openmp"] == ("-fopenmp" in facts["flags"].split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_the_kernels_build_for_each_instruction_set(march: str, tmp_path: Path) -> None:
+    """And have every symbol; calling them is for machines that have the instructions."""
+    for path in source_files():
+        if path.parts[0] in ("csrc", "setup.py"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes((ROOT / path).read_bytes())
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built"],
+        cwd=tmp_path,
+        env=os.environ | {"FASTCIL_MARCH": march},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr[-2000:]
+    assert "warning" not in built.stderr, "on every user's screen"
+    (library,) = (tmp_path / "built").glob("**/_C*.so")
+    # RTLD_NOW resolves every symbol; registering the ops runs in a process that has none yet.
+    load = "import ctypes, os, sys, torch; torch.library.Library('fastcil', 'DEF')"
+    load += "; ctypes.CDLL(sys.argv[1], os.RTLD_NOW)"
+    subprocess.run([sys.executable, "-c", load, str(library)], check=True)
