@@ -29,7 +29,8 @@ ifneq ($(findstring /,$(PY)),)
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 endif
 
-.PHONY: help demo test lint bench bench-peers gpu test-gpu sanitize bench-gpu clean extension
+.PHONY: help demo test lint bench bench-peers bench-steps gpu test-gpu sanitize bench-gpu \
+  bench-gpu-runs clean extension
 
 help:
 	@echo "make demo     compare FOSTER with FOSTER+CIM and write the report to demo/"
@@ -37,7 +38,8 @@ help:
 	@echo "make lint     ruff, mypy and import-linter alone"
 	@echo "make bench    time the ops; figures go to benchmarks/results and into README.md"
 	@echo "make bench-peers   the same, after the packages they are compared with are installed"
-	@echo "make gpu      on a GPU: test-gpu, sanitize and bench-gpu, one after the other"
+	@echo "make bench-steps   time steps and epochs; PYCIL=FOLDER times a checkout of PyCIL beside them"
+	@echo "make gpu      on a GPU: test-gpu, sanitize, bench-gpu, bench-gpu-runs, one after the other"
 	@echo "make clean    remove what make made, except the demo's report"
 	@echo
 	@echo "Each first sets up what it needs, in .venv, from python3 or the PYTHON= you name."
@@ -68,7 +70,18 @@ bench-peers: $(READY)
 	$(PIP) --no-deps $(PEERS)
 	$(MAKE) bench
 
-gpu: test-gpu sanitize bench-gpu
+# DATA and PHOTOS as fastcil train takes them; PyCIL needs tqdm and scipy. A quarter of an hour.
+DATA ?= cifar100
+PHOTOS ?=
+PYCIL ?=
+STEPS = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) benchmarks/step_run.py
+bench-steps: $(READY)
+	$(if $(PYCIL),$(if $(strip $(VENV)),$(PIP) --no-deps tqdm scipy))
+	$(STEPS) time --data $(DATA) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PYCIL),--pycil $(PYCIL)) \
+	  $(STEPS_ARGS)
+	$(STEPS) table
+
+gpu: test-gpu sanitize bench-gpu bench-gpu-runs
 
 test-gpu: $(READY)
 	$(PY) -m pytest tests -m gpu $(call plugin,xdist,-n $(JOBS))
@@ -84,6 +97,11 @@ sanitize: $(READY)
 bench-gpu: $(READY)
 	$(RUN) time --device cuda $(BENCH_ARGS)
 	$(RUN) table
+
+# One script for each thing that only a GPU can show, each within ten minutes.
+bench-gpu-runs: $(READY)
+	for script in $(filter-out benchmarks/gpu/kept.py,$(wildcard benchmarks/gpu/*.py)); do \
+	  PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) $$script || exit; done
 
 clean:
 	rm -rf .venv build dist fastcil.egg-info fastcil/_C*.so

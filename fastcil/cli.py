@@ -1,20 +1,23 @@
-"""The command line: ``fastcil train | compare | pretrain | evaluate | report | ...``."""
+"""The command line: ``fastcil train | compare | pretrain | profile | evaluate | ...``."""
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from fastcil.errors import FastcilError
+from fastcil.errors import FastcilError, RankLostError
 
 _USAGE = """usage: fastcil COMMAND [options]
 
   train      run one method:          fastcil train --method foster+cim --data scenes
   compare    several at equal memory: fastcil compare --methods foster,foster+cim --seeds 0,1,2
   pretrain   weights to start from:   fastcil pretrain --data cifar100:classes=0-49
+  profile    where time goes:         fastcil profile foster --data cifar100 --steps 20
   evaluate   a saved Learner on data: fastcil evaluate LEARNER --data DATA
   report     write a run's report:    fastcil report RUN_DIR
+  ingest     images, to be mapped:    fastcil ingest SOURCE OUT.store
   methods    what there is:           fastcil methods [NAME]
   presets    published runs:          fastcil presets [NAME]
   codec      a learned image codec:   fastcil codec COMMAND, such as train
@@ -25,7 +28,10 @@ _USAGE = """usage: fastcil COMMAND [options]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; bad input prints one sentence and returns 2, an interruption 130."""
+    """Runs one command; bad input prints one sentence and returns 2, an interruption 130.
+
+    Where torchrun started several processes and another of them ended, it is 1.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -40,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "compare": _compare,
         "pretrain": _pretrain,
+        "profile": _profile,
         "evaluate": _evaluate,
         "report": _report,
+        "ingest": _ingest,
         "methods": _methods,
         "presets": _presets,
         "codec": _codec,
@@ -54,26 +62,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastcil.contract import nearest
 
             raise FastcilError(f"command '{command}' is unknown; {nearest(command, commands)}")
+        if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+            from fastcil.engine.distributed import refuse_ranks
+
+            refuse_ranks(command)
         return commands[command](rest)
+    except RankLostError as error:
+        _say(str(error))
+        return 1
     except FastcilError as error:
-        print(f"fastcil: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
-        print(
-            "fastcil: stopped; the same command goes on from the last checkpoint.", file=sys.stderr
-        )
+        _say("stopped; the same command goes on from the last checkpoint.")
         return 130
     finally:
         warnings.showwarning = shown
 
 
+def _say(sentence: str) -> None:
+    """Prints what went wrong, once where several processes say the same."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from fastcil.engine.peers import say_once
+
+        if not say_once(sentence):
+            return
+    print(f"fastcil: {sentence}", file=sys.stderr, flush=True)
+
+
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as a line of its own: where in the source it arose helps nobody here."""
-    print(f"fastcil: warning: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastcil: warning: {message}", file=sys.stderr)
 
 
 def _train(arguments: list[str]) -> int:
     from fastcil.engine.arguments import parse_run
+    from fastcil.engine.distributed import speaks
     from fastcil.engine.run import train
 
     options = parse_run("train", arguments)
@@ -81,6 +106,8 @@ def _train(arguments: list[str]) -> int:
         options["method"], options["data"], options["scenario"]
     )
     result = train(**options)
+    if not speaks():
+        return 0
     print(result)
     return _write_report(options["run_dir"])
 
@@ -117,6 +144,21 @@ def _pretrain(arguments: list[str]) -> int:
     return _write_report(options["run_dir"])
 
 
+def _profile(arguments: list[str]) -> int:
+    from fastcil.engine.arguments import parse_run
+    from fastcil.engine.profile import profile
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--method", *arguments]
+    options = parse_run("profile", arguments)
+    options["run_dir"] = options["run_dir"] or _default_dir(
+        f"profile-{options['method']}", options["data"], options["scenario"]
+    )
+    print(profile(**options), end="")
+    print(f"traces: {options['run_dir']}")
+    return 0
+
+
 def _default_dir(name: str, data: str, what: str) -> str:
     """``runs/NAME-DATA-SCENARIO``: the same command finds its run again."""
     shown = str(data).partition(":list=")[0].rstrip("/").rpartition("/")[2].partition(":")[0]
@@ -139,6 +181,20 @@ def _report(arguments: list[str]) -> int:
     from fastcil.engine.arguments import parse_report
 
     return _write_report(parse_report(arguments))
+
+
+def _ingest(arguments: list[str]) -> int:
+    from fastcil.data.ingest import ingest
+    from fastcil.data.mapped import check_pixels
+    from fastcil.engine.arguments import parse_ingest
+
+    options = parse_ingest(arguments)
+    if "verify" in options:
+        checked = check_pixels(options["verify"])
+        print(f"{options['verify']}: {checked:,} bytes of pixels are as they were written")
+    else:
+        print(ingest(**options, tell=lambda line: print(line, file=sys.stderr, flush=True)))
+    return 0
 
 
 def _write_report(run_dir: str) -> int:

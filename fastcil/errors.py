@@ -24,3 +24,10 @@ class CompositionError(FastcilError):
 
 class DataError(FastcilError):
     """Data that cannot be read or do not hold together; the sentence names the path or array."""
+
+
+class RankLostError(FastcilError):
+    """One of several processes that train together ended, or did not answer in time.
+
+    What it has written is whole, and the run can be gone on with.
+    """

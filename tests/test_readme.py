@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcil.engine.arguments import parse_run
+from fastcil.engine.arguments import parse_ingest, parse_run
 from fastcil.engine.codec_arguments import parse_use
 from fastcil.engine.codec_training_arguments import parse_codec_finetune, parse_codec_train
 
@@ -50,10 +50,14 @@ def test_commands_are_ones_there_are(line: str) -> None:
         assert program == "fastcil"
         if command in ("train", "compare"):
             assert parse_run(command, arguments)
+        elif command == "profile":
+            assert parse_run(command, ["--method", *arguments])
         elif command == "codec":
             training = {"train": parse_codec_train, "finetune": parse_codec_finetune}
             use = training.get(arguments[0], partial(parse_use, arguments[0]))
             assert use(arguments[1:])
+        elif command == "ingest":
+            assert parse_ingest(arguments)
         else:
             assert command in ("report", "methods", "presets", "doctor")
 

@@ -12,6 +12,7 @@ from fastcil.contract import Batch, Losses, Recipe, Retained, Stage, Stream, eva
 from fastcil.data import ImageStore
 from fastcil.memory.codecs.completion import by_size
 from fastcil.nn import CompletionAutoencoder
+from fastcil.ops import send
 
 
 class Completion(nn.Module):
@@ -91,7 +92,7 @@ class Completion(nn.Module):
     def objective(self, batch: Batch) -> Losses:
         """Mean squared error of the completed images; the batch only says which these are."""
         assert batch.entry is not None
-        rows = batch.entry.to(self.inputs.device)
+        (rows,) = send((batch.entry,), self.inputs.device)
         completed = self.autoencoder(_unit(self.inputs[rows]))
         return {"completion": F.mse_loss(completed, _unit(self.originals[rows]))}
 

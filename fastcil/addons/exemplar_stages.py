@@ -23,6 +23,7 @@ from fastcil.contract import (
     total,
 )
 from fastcil.errors import CompositionError
+from fastcil.ops import send
 
 
 class PixelStage(Stage, ABC):
@@ -219,11 +220,10 @@ class ClassMeans(PixelStage):
         (query,) = batches
         old = self.means()
         features = self.learner.embed(self.free.read(values, torch.arange(len(self.free))))
-        labels = self.labels.to(features.device)
+        (labels,) = send((self.labels,), features.device)
         new = mean_features(features, labels, len(old))
-        mine = torch.zeros(len(old), 1, dtype=torch.bool, device=features.device)
-        mine[labels] = True
-        means = torch.where(mine, new, old.to(new.dtype))  # [C, D]
+        mine = F.one_hot(labels, len(old)).any(0)  # [C]
+        means = torch.where(mine[:, None], new, old.to(new.dtype))  # [C, D]
         found = self.learner.embed(query.images)  # [B, D]
         cosines = F.normalize(found, dim=1) @ F.normalize(means, dim=1).T  # [B, C]
         return {"classification": F.cross_entropy(cosines, query.labels)}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcil.data import Augmentation, ImageStore
+from fastcil.ops import send
 
 
 class FreeImages:
@@ -56,11 +57,15 @@ class FreeImages:
             [B, 3, size, size], channels_last, of the dtype of ``values``.
         """
         sizes, crops = self._sizes[entries], self._crops[entries]
-        rows = self._weights(crops[:, 0], crops[:, 2], sizes[:, 0]).to(values)  # [B, size, H]
-        columns = self._weights(crops[:, 1], crops[:, 3], sizes[:, 1]).to(values)  # [B, size, W]
-        heights, widths, first = (
-            torch.cat([sizes, self._first[entries, None]], 1).to(values.device).T[:, :, None, None]
-        )  # [B, 1, 1] each
+        rows, columns, places = send(
+            [
+                self._weights(crops[:, 0], crops[:, 2], sizes[:, 0]).to(values.dtype),
+                self._weights(crops[:, 1], crops[:, 3], sizes[:, 1]).to(values.dtype),
+                torch.cat([sizes, self._first[entries, None]], 1),
+            ],
+            values.device,
+        )  # [B, size, H], [B, size, W], [B, 3]
+        heights, widths, first = places.T[:, :, None, None]  # [B, 1, 1] each
         y = torch.arange(rows.shape[2], device=values.device)[:, None].minimum(heights - 1)
         x = torch.arange(columns.shape[2], device=values.device).minimum(widths - 1)
         shown = values.view(-1, 3)[first + y * widths + x]  # [B, H, W, 3]
@@ -84,7 +89,7 @@ class FreeImages:
     def clamp(self, values: Tensor) -> None:
         """Puts values that no pixel can have to the nearest that one can, in place."""
         mean, std = self._mean(values), self._std(values)
-        values.view(-1, 3).clamp_(-mean / std, (1 - mean) / std)
+        values.view(-1, 3).clamp_(*send((-mean / std, (1 - mean) / std), values.device))
 
     def store(self, values: Tensor) -> ImageStore:
         """The images that the values are, rounded to the nearest of 256 levels.
@@ -101,7 +106,7 @@ class FreeImages:
         return ImageStore(pixels, self.images.offsets, self.images.geometry)
 
     def _mean(self, like: Tensor) -> Tensor:
-        return like.new_tensor(self.augmentation.mean)
+        return torch.tensor(self.augmentation.mean, dtype=like.dtype)
 
     def _std(self, like: Tensor) -> Tensor:
-        return like.new_tensor(self.augmentation.std)
+        return torch.tensor(self.augmentation.std, dtype=like.dtype)

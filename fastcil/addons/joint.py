@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastcil.addons.mask import compose_batch
 from fastcil.contract import Batch, Losses, Stage
 from fastcil.nn import Network
-from fastcil.ops import cam
+from fastcil.ops import cam, send
 
 
 def train_jointly(stage: Stage, objective: JointObjective) -> None:
@@ -24,7 +24,7 @@ def train_jointly(stage: Stage, objective: JointObjective) -> None:
     """
     parameters = stage.parameters
     stage.objective = objective
-    stage.parameters = lambda: [*parameters(), *objective.curves()]
+    stage.parameters = lambda: [*parameters(), *objective.start()]
 
 
 class JointObjective:
@@ -82,6 +82,11 @@ class JointObjective:
         self.mu_prime = mu_prime
         self.compress_all = compress_all
 
+    def start(self) -> Iterable[nn.Parameter]:
+        """phi, as the stage begins; the branch is made then, not in the first step."""
+        self.branch()
+        return self.curves()
+
     def __call__(self, batch: Batch) -> Losses:
         """The stage's terms on the composed batch, then ``cim masks`` and ``cim branch``."""
         network = self.network()
@@ -89,7 +94,8 @@ class JointObjective:
         masks = cam(maps, network.cam_weights(batch.labels).detach())  # [B, h, w]
         new = None
         if not self.compress_all:
-            new = torch.isin(batch.labels, self.classes.to(batch.labels.device))
+            (classes,) = send((self.classes,), batch.labels.device)
+            new = (batch.labels[:, None] == classes).any(1)
         composed = compose_batch(batch.images, masks, *self.ratios, new)
         scores = network.head(maps.mean((2, 3)))
         return {

@@ -202,7 +202,7 @@ class LEC(Addon):
         """lambda_2 L_R."""
         expanded = self._grown()
         with evaluating(expanded.backbone), torch.no_grad():
-            maps = expanded.backbone(images)
+            maps = expanded.own_maps(images)
         loss = expanded.newest.compression(maps, self.config.price)
         return self.config.compression_weight * loss
 
@@ -212,7 +212,7 @@ class LEC(Addon):
         newest = expanded.newest
         with evaluating(self.method):
             use = self.context.scan(
-                lambda images: newest.use(expanded.backbone(images)), task.examples
+                lambda images: newest.use(expanded.own_maps(images)), task.examples
             )
         compress(self.method.network, nodes_in_use(newest, use, self.config.removal))
 

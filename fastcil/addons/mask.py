@@ -97,6 +97,8 @@ class MaskStage(Stage):
     def _start(self) -> list[nn.Parameter]:
         """Finds phi and theta, once: while phi trains, nothing else says that it does."""
         self._learned = list(self.curves())
+        # Made now, the branch makes no step wait for it.
+        self.branch()
         extractors = {id(p) for p in self.network().extractors.parameters()}
         trained = {id(p) for p in self.main.parameters()}
         self._theta = [

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcil.data.folder import decode_image
 from fastcil.errors import FastcilError
+from fastcil.files.decode import decode_image
 
 Pixels = NDArray[np.uint8]
 

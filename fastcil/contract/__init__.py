@@ -6,7 +6,12 @@ from fastcil.contract.checks import check_choices, check_not_negative, check_pos
 from fastcil.contract.context import Context, Look
 from fastcil.contract.method import Method
 from fastcil.contract.persistent import Persistent, evaluating
-from fastcil.contract.recipe import Recipe, replace_batch_size, scale_epochs
+from fastcil.contract.recipe import (
+    Recipe,
+    replace_batch_size,
+    restore_optimizer,
+    scale_epochs,
+)
 from fastcil.contract.record import Record
 from fastcil.contract.registry import lookup, nearest, parse_composition, register
 from fastcil.contract.retained import Kind, Retained
@@ -40,6 +45,7 @@ __all__ = [
     "parse_composition",
     "register",
     "replace_batch_size",
+    "restore_optimizer",
     "scale_epochs",
     "total",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastcil.errors import FastcilError
+from fastcil.files.atomic import write_atomically as write_atomically
 
 DESCRIPTION = "fastcil"
 # What other libraries end a file with that unpickling reads.
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle", ".tar")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a kill at any moment, sees the old one or the new one.
-
-    Raises:
-        FastcilError: The file can't be written.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        raise FastcilError(f"'{path}' can't be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
 
 
 def write_tensors(

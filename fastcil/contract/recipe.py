@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcil.contract.checks import check_choices
 from fastcil.errors import FastcilError
@@ -91,12 +91,57 @@ class Recipe:
         return self.lr * self.factor(epoch)
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """An optimiser over ``parameters`` with this recipe's settings."""
+        """An optimiser over ``parameters`` with this recipe's settings.
+
+        It is torch's fused one, a pass over memory per step, where there is one for the parameters.
+        What was saved of its state is put back by `restore_optimizer`.
+        """
+        trained = list(parameters)
+        form = "fused" if all(map(_fusible, trained)) else "foreach"
+        settings: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, form: True}
         if self.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+            return torch.optim.Adam(trained, **settings)
+        optimizer = torch.optim.SGD(trained, momentum=self.momentum, **settings)
+        if form == "fused" and self.momentum:
+            # A first step that loss scaling skips would leave torch's own uninitialised.
+            for parameter in trained:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+
+
+def _fusible(parameter: Tensor) -> bool:
+    """Whether a fused optimiser takes it: its entries have to lie side by side.
+
+    Fused kernels go through memory from end to end. Backward passes give a gradient the strides of
+    such a parameter.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    side_by_side = parameter.is_contiguous() or (
+        parameter.ndim in formats and parameter.is_contiguous(memory_format=formats[parameter.ndim])
+    )
+    known = parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
+    return known and side_by_side
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Puts an optimiser back to a saved state, however the parameters lie in memory now.
+
+    A file keeps no strides, and a fused optimiser takes it that momenta have their parameter's.
+
+    Args:
+        optimizer: Over parameters of the same shapes, in the same order.
+        state: Its ``state_dict()`` of another time.
+    """
+    # Which form was saved does not matter: this one's parameters say which it takes.
+    groups = [
+        {**saved, "fused": group["fused"], "foreach": group["foreach"]}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, held in optimizer.state.items():
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+                held[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def scale_epochs(config: ConfigT, factor: float) -> ConfigT:

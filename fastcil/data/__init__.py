@@ -2,7 +2,7 @@
 
 from fastcil.data.augment import Augmentation as Augmentation
 from fastcil.data.load import load as load
-from fastcil.data.load import load_examples as load_examples
+from fastcil.data.load_examples import load_examples as load_examples
 from fastcil.data.places import resolve as resolve
 from fastcil.data.read import read_batch as read_batch
 from fastcil.data.read import read_images as read_images

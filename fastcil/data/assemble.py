@@ -4,33 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from fastcil.data.store import Dataset, Examples, ImageStore
 from fastcil.errors import DataError
-
-_LARGEST_SIDE = np.iinfo(np.int16).max  # what a geometry row of an ImageStore can hold
-
-
-def check_side(height: int, width: int, where: str) -> None:
-    """Refuse an image that an ImageStore cannot hold.
-
-    Args:
-        height: rows of pixels.
-        width: columns of pixels.
-        where: the image's path or place, for the error.
-
-    Raises:
-        DataError: If a side is 0 or more than 32767 pixels.
-
-    Example:
-        >>> check_side(480, 640, "a.jpg")
-    """
-    if min(height, width) < 1 or max(height, width) > _LARGEST_SIDE:
-        raise DataError(
-            f"{where} is {height} x {width} pixels; an image has 1 to {_LARGEST_SIDE} pixels a side"
-        )
 
 
 def check_labels(
@@ -104,7 +81,7 @@ def make_examples(
     """
     good = check_labels(labels, classes, where, skip_bad, skipped)
     if len(good) < len(labels):
-        images, labels = images.select(good), labels[good]
+        images, labels = images.part(good), labels[good]
     return Examples(images, labels.to(torch.int64))
 
 
@@ -154,7 +131,7 @@ def keep_classes(examples: Examples, keep: Sequence[int]) -> Examples:
     wanted = torch.tensor(keep, dtype=torch.int64)
     match = examples.labels[:, None] == wanted  # [N, K]
     rows = match.any(1).nonzero().flatten()
-    return Examples(examples.images.select(rows), match[rows].int().argmax(1))
+    return Examples(examples.images.part(rows), match[rows].int().argmax(1))
 
 
 def assemble(

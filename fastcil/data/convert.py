@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcil.data.assemble import check_side
 from fastcil.data.store import ImageStore
 from fastcil.errors import DataError
+from fastcil.files.decode import check_side
 
 _FORMS = "give uint8 [H, W, 3] or [H, W], floats in [0, 1] of such a shape, or a Pillow image"
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastcil.data.assemble import assemble
-from fastcil.data.folder import read_files
+from fastcil.data.image_files import Reader, read_files
 from fastcil.data.listing import Listing, Parts
 from fastcil.data.places import find_folder
 from fastcil.data.store import Dataset, Examples
@@ -82,13 +82,20 @@ def is_cub200(path: Path) -> bool:
     return (root / _IMAGES).is_dir() and all((root / name).is_file() for name in lists)
 
 
-def load_cub200(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) -> Dataset:
+def load_cub200(
+    path: Path,
+    *,
+    skip_bad: bool = False,
+    subset: Subset = WHOLE,
+    reader: Reader = read_files,
+) -> Dataset:
     """Read the images that the lists name.
 
     Args:
         path: the folder that holds ``images`` and the lists, or the one above it.
         skip_bad: leave out images that do not decode and classes that lack a part.
         subset: what to take.
+        reader: reads the images of a part.
 
     Returns:
         The data set ``cub200``, its classes in the order of their numbers, their images as listed;
@@ -125,7 +132,7 @@ def load_cub200(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) -
     train_read: list[str] = []
     test_read: list[str] = []
     train, test = (
-        read_files(
+        reader(
             listing,
             subset.files(_of_part(files, training, wanted), per_class),
             names,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastcil.data.assemble import assemble
-from fastcil.data.folder import read_files
+from fastcil.data.image_files import Reader, read_files
 from fastcil.data.listing import Listing, Parts
 from fastcil.data.places import find_folder
 from fastcil.data.store import Dataset
@@ -63,13 +63,20 @@ def is_food101(path: Path) -> bool:
     return (root / _IMAGES).is_dir() and any(file.is_file() for file in lists)
 
 
-def load_food101(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) -> Dataset:
+def load_food101(
+    path: Path,
+    *,
+    skip_bad: bool = False,
+    subset: Subset = WHOLE,
+    reader: Reader = read_files,
+) -> Dataset:
     """Read the images that the two lists name.
 
     Args:
         path: the folder that holds ``images`` and ``meta``, or the one above it.
         skip_bad: leave out images that do not decode and classes that lack a part.
         subset: what to take.
+        reader: reads the images of a part.
 
     Returns:
         The data set ``food101``, its classes sorted by name, their images as listed.
@@ -107,7 +114,7 @@ def load_food101(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) 
     skipped: list[str] = []
     read: list[str] = []
     train, test = (
-        read_files(listing, subset.files(listed[part], per_class), names, skip_bad, skipped, found)
+        reader(listing, subset.files(listed[part], per_class), names, skip_bad, skipped, found)
         for part, per_class, found in (
             ("train", subset.train_per_class, read),
             ("test", subset.test_per_class, None),

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import io
 
 from fastcil.data.assemble import assemble
-from fastcil.data.folder import read_files
+from fastcil.data.image_files import Reader, read_files
 from fastcil.data.listing import Listing, Parts, is_image
 from fastcil.data.places import find_folder, look_for_folder, resolve
 from fastcil.data.store import Dataset
@@ -172,6 +172,7 @@ def load_imagenet(
     subset: Subset = WHOLE,
     name: str | None = None,
     class_list: str | None = None,
+    reader: Reader = read_files,
 ) -> Dataset:
     """Read ImageNet, or the classes of a list.
 
@@ -182,6 +183,7 @@ def load_imagenet(
         name: what the data set is called; None for the folder's name.
         class_list: which classes, as `read_class_list` takes; None for all folders in ``train``,
             and ``lucir`` where ``name`` is ``imagenet100``.
+        reader: reads the images of a part.
 
     Returns:
         The data set, its classes sorted, their images by path.
@@ -224,7 +226,7 @@ def load_imagenet(
     skipped: list[str] = []
     read: list[str] = []
     train_read, test_read = (
-        read_files(listing, subset.files(files, per_class), names, skip_bad, skipped, found)
+        reader(listing, subset.files(files, per_class), names, skip_bad, skipped, found)
         for files, per_class, found in (
             (train, subset.train_per_class, read),
             (test, subset.test_per_class, None),

@@ -1,4 +1,4 @@
-"""What lies in a folder or a tar, by class: paths, or the bytes of a tar's images."""
+"""What lies in a folder or a tar, by class: paths, places in a tar, or the bytes of images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastcil.errors import DataError
+from fastcil.files.decoder import read_stretch
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff"),
@@ -20,8 +21,18 @@ SUFFIXES = (
 CLASSES_FILE = "classes.txt"
 SPLITS = ("train", "test", "val")
 
-Source = Path | bytes
 Parts = tuple[str, ...]
+
+
+class Stretch(NamedTuple):
+    """Some bytes of a file: a member of a tar that is not compressed."""
+
+    file: Path
+    first: int
+    length: int
+
+
+Source = Path | Stretch | bytes
 
 
 @dataclass
@@ -121,12 +132,41 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError("the archive ends early or is damaged") from error
 
 
+def read_source(source: Source) -> bytes:
+    """The content of a listed file.
+
+    Args:
+        source: A value of `Listing.files`.
+
+    Raises:
+        OSError: It can't be read.
+
+    Example:
+        >>> read_source(b"whole")
+        b'whole'
+    """
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, Stretch):
+        return read_stretch(*source)
+    return source.read_bytes()
+
+
+def _open_tar(path: Path) -> tuple[tarfile.TarFile, bool]:
+    """A tar, and whether its members lie in the file as they are; else it is a stream."""
+    try:
+        return tarfile.open(path, "r:", tarinfo=_Header), True
+    except tarfile.TarError:  # It is compressed, or none: then this says so.
+        return tarfile.open(path, "r|*", tarinfo=_Header, bufsize=1 << 20), False
+
+
 def _list_tar(path: Path) -> Listing:
     files: dict[Parts, Source] = {}
     folders: set[Parts] = set()
     texts: dict[Parts, bytes] = {}
     try:
-        with tarfile.open(path, "r|*", tarinfo=_Header, bufsize=1 << 20) as tar:
+        archive, plain = _open_tar(path)
+        with archive as tar:
             for member in tar:
                 parts = tuple(p for p in member.name.split("/") if p not in ("", "."))
                 if any(_hidden(part) for part in parts):
@@ -138,6 +178,9 @@ def _list_tar(path: Path) -> Listing:
                     continue
                 folders.update(parts[:n] for n in range(1, len(parts)))
                 if parts[-1] == CLASSES_FILE or is_image(parts):
+                    if plain and parts[-1] != CLASSES_FILE:
+                        files[parts] = Stretch(path, member.offset_data, member.size)
+                        continue
                     content = tar.extractfile(member)
                     assert content is not None  # it is a regular file
                     target = texts if parts[-1] == CLASSES_FILE else files

@@ -23,7 +23,7 @@ import re
 from pathlib import Path
 
 from fastcil.data.assemble import assemble
-from fastcil.data.folder import read_files
+from fastcil.data.image_files import Reader, read_files
 from fastcil.data.listing import Listing, Parts, is_image
 from fastcil.data.places import find_folder
 from fastcil.data.store import Dataset
@@ -91,13 +91,20 @@ def is_mini_imagenet(path: Path) -> bool:
     return named or (not folders and bool(_pickles(path)))
 
 
-def load_mini_imagenet(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) -> Dataset:
+def load_mini_imagenet(
+    path: Path,
+    *,
+    skip_bad: bool = False,
+    subset: Subset = WHOLE,
+    reader: Reader = read_files,
+) -> Dataset:
     """Read all classes, the last sixth of each one's images for testing, or those said to be.
 
     Args:
         path: the folder.
         skip_bad: leave out images that do not decode and classes that lack a part.
         subset: what to take.
+        reader: reads the images of a part.
 
     Returns:
         The data set ``mini-imagenet``, its classes sorted by name (WordNet ids), their images as
@@ -130,7 +137,7 @@ def load_mini_imagenet(path: Path, *, skip_bad: bool = False, subset: Subset = W
     skipped: list[str] = []
     read: list[str] = []
     train, test = (
-        read_files(listing, subset.files(files, per_class), names, skip_bad, skipped, kept)
+        reader(listing, subset.files(files, per_class), names, skip_bad, skipped, kept)
         for files, per_class, kept in (
             (by_part[0], subset.train_per_class, read),
             (by_part[1], subset.test_per_class, None),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastcil.data.assemble import assemble
-from fastcil.data.folder import read_files
+from fastcil.data.image_files import Reader, read_files
 from fastcil.data.listing import Listing, Parts
 from fastcil.data.store import Dataset
 from fastcil.data.subset import WHOLE, Subset
@@ -35,13 +35,20 @@ def is_mit67(path: Path) -> bool:
     return (path / _IMAGES).is_dir() and any(_list(path, name) for name in _LISTS.values())
 
 
-def load_mit67(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) -> Dataset:
+def load_mit67(
+    path: Path,
+    *,
+    skip_bad: bool = False,
+    subset: Subset = WHOLE,
+    reader: Reader = read_files,
+) -> Dataset:
     """Read the images that the two lists name; the others in ``Images`` are passed over.
 
     Args:
         path: the folder.
         skip_bad: leave out images that do not decode and classes that lack a part.
         subset: what to take.
+        reader: reads the images of a part.
 
     Returns:
         The data set ``mit67``, its classes sorted by name, their images as listed.
@@ -71,7 +78,7 @@ def load_mit67(path: Path, *, skip_bad: bool = False, subset: Subset = WHOLE) ->
     skipped: list[str] = []
     read: list[str] = []
     train, test = (
-        read_files(listing, subset.files(listed[part], per_class), names, skip_bad, skipped, found)
+        reader(listing, subset.files(listed[part], per_class), names, skip_bad, skipped, found)
         for part, per_class, found in (
             ("train", subset.train_per_class, read),
             ("test", subset.test_per_class, None),

@@ -48,7 +48,7 @@ def read_images(
         >>> read_images([store], torch.zeros(1, dtype=torch.int64), torch.tensor([1]), (4, 4)).shape
         torch.Size([1, 3, 4, 4])
     """
-    sources = _gather(stores, which, index, crops, flips, views)
+    sources = _gather(stores, which, index, crops, flips, views)[0]
     return ops.read(size=size, antialias=antialias, **sources)
 
 
@@ -90,7 +90,7 @@ def read_batch(
         >>> read_batch([store], one - 1, one, Augmentation.cifar(4)).shape
         torch.Size([1, 3, 4, 4])
     """
-    sources = _gather(stores, which, index, crops, flips, views)
+    sources, program = _gather(stores, which, index, crops, flips, views, program)
     home = sources["geometry"].device
     wanted = home if device is None else device
     moves = wanted.type != home.type
@@ -103,7 +103,7 @@ def read_batch(
         dtype=torch.uint8 if moves else torch.float32,
         **sources,
     )
-    images = images.to(wanted, non_blocking=True)
+    (images,) = ops.send((images,), wanted)
     return augmentation.normalise(images) if moves else images
 
 
@@ -114,7 +114,8 @@ def _gather(
     crops: Tensor | None,
     flips: Tensor | None,
     views: Tensor | None,
-) -> dict[str, Any]:
+    program: ops.PixelProgram | None = None,
+) -> tuple[dict[str, Any], ops.PixelProgram | None]:
     """What `fastcil.ops.read` and `read_batch` both take, on the stores' device."""
     if not stores:
         raise FastcilError("stores is empty; pass at least one ImageStore.")
@@ -124,7 +125,11 @@ def _gather(
             "both must be [B]."
         )
     device = stores[0].offsets.device
-    which, index = which.to(device), index.to(device)
+    steps = [] if program is None else [program.operations, program.amounts]
+    sent: list[Any] = ops.send([which, index, crops, flips, views, *steps], device)
+    which, index, crops, flips, views, *steps = sent
+    if program is not None:
+        program = ops.PixelProgram(*steps)
     offsets = torch.zeros_like(index)
     geometry = offsets.new_zeros((len(index), 8), dtype=torch.int16)
     for number, store in enumerate(stores):
@@ -135,15 +140,16 @@ def _gather(
         rows = torch.where(mine, index, 0)
         offsets = torch.where(mine, store.offsets[rows], offsets)
         geometry = torch.where(mine[:, None], store.geometry[rows], geometry)
-    return {
+    sources = {
         "arenas": [store.pixels for store in stores],
         "arena": which,
         "offsets": offsets,
         "geometry": geometry,
-        "crops": None if crops is None else crops.to(device),
-        "flips": None if flips is None else flips.to(device),
-        "views": None if views is None else views.to(device),
+        "crops": crops,
+        "flips": flips,
+        "views": views,
     }
+    return sources, program
 
 
 def view_geometry(sizes: Tensor, boxes: Tensor, ratio: float = 4.0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fastcil import ops
+from fastcil.data.gather import gather_bytes
+from fastcil.data.pixels import as_tensor, check_side
 from fastcil.errors import FastcilError
-from fastcil.ops._packed import LARGEST_SIDE, check_images, check_rows
+from fastcil.ops._packed import check_images, check_rows
 
 _ROW_NBYTES = 8 + 16  # an offset and a row of geometry
 
@@ -24,10 +26,17 @@ class ImageStore:
     A raw image is its H x W x 3 bytes. A packed one is a box at full resolution and a coarse grid
     of what lies around it (Luo et al. 2023, Eq. 3, 4); the layout is `fastcil.ops.pack`'s.
 
+    A store may share its pixels with others: as a `view` of some images of another store, or of a
+    memory-mapped file. It is read as any other; what is counted, joined, saved or moved elsewhere
+    is then its own images alone.
+
     Args:
         pixels: uint8 [P].
         offsets: int64 [N], first byte of each image.
         geometry: int16 [N, 8], rows (H, W, y0, x0, y1, x1, gh, gw).
+        shared: Whether ``pixels`` may hold more than these images, or in another order.
+        mapped: Of the file that ``pixels`` is a read-only map of, a checksum; None where they are
+            in memory. What is mapped is shared.
 
     Raises:
         TypeError: A buffer of another dtype.
@@ -48,6 +57,8 @@ class ImageStore:
     pixels: Tensor  # [P]
     offsets: Tensor  # [N]
     geometry: Tensor  # [N, 8]
+    shared: bool = False
+    mapped: str | None = None
 
     def __post_init__(self) -> None:
         check_images(self.pixels, self.offsets, self.geometry)
@@ -69,12 +80,12 @@ class ImageStore:
         flat: list[Tensor] = []
         sizes: list[tuple[int, int]] = []
         for number, image in enumerate(images):
-            tensor = _as_tensor(image, f"images[{number}]")
+            tensor = as_tensor(image, f"images[{number}]")
             if tensor.ndim != 3 or tensor.shape[2] != 3:
                 raise FastcilError(
                     f"images[{number}] has shape {tuple(tensor.shape)}; it must be [H, W, 3]."
                 )
-            _check_side(tensor.shape[0], tensor.shape[1], f"images[{number}]")
+            check_side(tensor.shape[0], tensor.shape[1], f"images[{number}]")
             sizes.append((tensor.shape[0], tensor.shape[1]))
             flat.append(tensor.reshape(-1))
         pixels = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
@@ -90,10 +101,10 @@ class ImageStore:
         Raises:
             FastcilError: Another dtype or shape.
         """
-        tensor = _as_tensor(images, "images")
+        tensor = as_tensor(images, "images")
         if tensor.ndim != 4 or tensor.shape[3] != 3:
             raise FastcilError(f"images has shape {tuple(tensor.shape)}; it must be [N, H, W, 3].")
-        _check_side(tensor.shape[1], tensor.shape[2], "images")
+        check_side(tensor.shape[1], tensor.shape[2], "images")
         sizes = torch.tensor(tensor.shape[1:3]).expand(len(tensor), 2)
         return cls.from_pixels(tensor.reshape(-1), sizes)
 
@@ -132,7 +143,9 @@ class ImageStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """Bytes of the images and their metadata: those of all buffers, unless they are shared."""
+        if self.shared:
+            return int(self.image_nbytes().sum())
         return sum(t.numel() * t.element_size() for t in self.state().values())
 
     @property
@@ -163,8 +176,41 @@ class ImageStore:
         height, width = geometry[0, :2].tolist()
         return pixels.view(height, width, 3)
 
+    def view(self, index: Tensor | Sequence[int]) -> ImageStore:
+        """Some images, in the order given, which share the pixels with this store.
+
+        Args:
+            index: int64 [M] positions, or bool [N].
+
+        Raises:
+            IndexError: There is no image at one of the positions.
+
+        Example:
+            >>> store = ImageStore.from_batch(np.zeros((3, 8, 6, 3), dtype=np.uint8))
+            >>> some = store.view([2, 0])
+            >>> some.offsets.tolist(), some.pixels is store.pixels, some.nbytes
+            ([288, 0], True, 336)
+        """
+        index = torch.as_tensor(index, device=self.offsets.device)
+        index = index if index.dtype == torch.bool else index.long()
+        return replace(
+            self, offsets=self.offsets[index], geometry=self.geometry[index], shared=True
+        )
+
+    def compact(self, device: torch.device | None = None, pinned: bool = False) -> ImageStore:
+        """A copy in which the images stand one after the other, and nothing else.
+
+        Args:
+            device: Where to; None for where they are. Of shared pixels nothing else is moved.
+            pinned: Whether the copy's pixels are to be in page-locked host memory.
+        """
+        nbytes = ops.packed_nbytes(self.geometry)
+        pixels = gather_bytes(self.pixels, self.offsets, nbytes, device, pinned)
+        offsets, geometry = nbytes.cumsum(0) - nbytes, self.geometry
+        return ImageStore(pixels, offsets.to(pixels.device), geometry.to(pixels.device))
+
     def select(self, index: Tensor | Sequence[int]) -> ImageStore:
-        """A compact copy of some images, in the order given.
+        """A compact copy of some images, in the order given; `view` shares the pixels instead.
 
         Args:
             index: int64 [M] positions, or bool [N].
@@ -172,12 +218,11 @@ class ImageStore:
         Raises:
             IndexError: There is no image at one of the positions.
         """
-        index = torch.as_tensor(index, device=self.offsets.device)
-        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
-        geometry = self.geometry[index]
-        nbytes = ops.packed_nbytes(geometry)
-        pixels = gather_bytes(self.pixels, self.offsets[index], nbytes)
-        return ImageStore(pixels, nbytes.cumsum(0) - nbytes, geometry)
+        return self.view(index).compact()
+
+    def part(self, index: Tensor | Sequence[int]) -> ImageStore:
+        """Some images to go on with: a copy, so that the rest can be let go; of a file a view."""
+        return self.view(index) if self.mapped is not None else self.select(index)
 
     @staticmethod
     def cat(stores: Sequence[ImageStore]) -> ImageStore:
@@ -188,6 +233,7 @@ class ImageStore:
         """
         if not stores:
             raise FastcilError("stores is empty; pass at least one ImageStore.")
+        stores = [store.compact() if store.shared else store for store in stores]
         starts = torch.tensor([0] + [s.pixels.numel() for s in stores]).cumsum(0).tolist()
         return ImageStore(
             torch.cat([s.pixels for s in stores]),
@@ -196,8 +242,13 @@ class ImageStore:
         )
 
     def to(self, device: torch.device | str) -> ImageStore:
-        """The same images on another device."""
-        return ImageStore(self.pixels.to(device), self.offsets.to(device), self.geometry.to(device))
+        """The same images on another device; where they are there already, this very store."""
+        wanted = torch.empty(0, device=device).device  # with a number, as tensors have it
+        if wanted == self.device:
+            return self
+        if self.shared:
+            return self.compact(wanted)
+        return ImageStore(self.pixels.to(wanted), self.offsets.to(wanted), self.geometry.to(wanted))
 
     def compress(self, boxes: Tensor, ratio: float = 4.0) -> ImageStore:
         """Packs raw images: the box stays, what lies outside is downsampled (`fastcil.ops.pack`).
@@ -214,7 +265,9 @@ class ImageStore:
         return ImageStore.from_pixels(pixels, self.sizes)
 
     def state(self) -> dict[str, Tensor]:
-        """The buffers, by name."""
+        """The buffers, by name; compact ones where the pixels are shared."""
+        if self.shared:
+            return self.compact().state()
         return {"pixels": self.pixels, "offsets": self.offsets, "geometry": self.geometry}
 
     @classmethod
@@ -271,6 +324,12 @@ class Examples:
         index = torch.as_tensor(index, device=self.labels.device)
         index = index if index.dtype == torch.bool else index.long()
         return Examples(self.images.select(index), self.labels[index])
+
+    def view(self, index: Tensor | Sequence[int]) -> Examples:
+        """Some examples, in the order given, which share the pixels with these."""
+        index = torch.as_tensor(index, device=self.labels.device)
+        index = index if index.dtype == torch.bool else index.long()
+        return Examples(self.images.view(index), self.labels[index])
 
     @staticmethod
     def cat(parts: Sequence[Examples]) -> Examples:
@@ -337,51 +396,3 @@ class Dataset:
                 f"train_files has {len(self.train_files)} names for {len(self.train)} images; "
                 f"give one for each."
             )
-
-
-def gather_bytes(buffer: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """Stretches of a buffer, one after the other in a new one.
-
-    Args:
-        buffer: uint8 [P].
-        starts: int64 [N], first byte of each stretch.
-        lengths: int64 [N], their bytes.
-
-    Example:
-        >>> gather_bytes(torch.arange(9, dtype=torch.uint8), torch.tensor([7, 0]),
-        ...              torch.tensor([2, 3])).tolist()
-        [7, 8, 0, 1, 2]
-    """
-    targets = lengths.cumsum(0) - lengths
-    # Stretches that lie together already move together, one slice for each run of them: an index
-    # for every byte would take eight times the memory.
-    leads = torch.ones_like(starts, dtype=torch.bool)
-    leads[1:] = starts[1:] != (starts + lengths)[:-1]
-    runs = torch.stack([starts[leads], targets[leads]], 1).tolist()
-    gathered = buffer.new_empty(int(lengths.sum()))
-    stops = [target for _, target in runs[1:]] + [len(gathered)]
-    for (source, target), stop in zip(runs, stops, strict=False):
-        gathered[target:stop] = buffer[source : source + stop - target]
-    return gathered
-
-
-def _as_tensor(image: Any, name: str) -> Tensor:
-    """A uint8 tensor over the same memory where that can be."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise FastcilError(f"{name} is {image.dtype}; it must be uint8, 0 to 255.")
-        image = np.ascontiguousarray(image)
-        return torch.from_numpy(image if image.flags.writeable else image.copy())
-    if not isinstance(image, Tensor):
-        raise FastcilError(f"{name} is a {type(image).__name__}; it must be an array or a tensor.")
-    if image.dtype != torch.uint8:
-        raise FastcilError(f"{name} is {image.dtype}; it must be uint8, 0 to 255.")
-    return image.contiguous()
-
-
-def _check_side(height: int, width: int, name: str) -> None:
-    """Refuse a side that geometry's int16 cannot hold."""
-    if not (0 < height <= LARGEST_SIDE and 0 < width <= LARGEST_SIDE):
-        raise FastcilError(
-            f"{name} is {height} x {width}; sides must be between 1 and {LARGEST_SIDE} pixels."
-        )

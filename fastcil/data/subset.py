@@ -192,7 +192,7 @@ class Subset:
             return examples, tuple(names)
         keep = self.keep(len(names), what)
         rows, labels = self.rows(examples.labels, keep, self.train_per_class)
-        return Examples(examples.images.select(rows), labels), tuple(names[k] for k in keep)
+        return Examples(examples.images.part(rows), labels), tuple(names[k] for k in keep)
 
     def of(self, data: Dataset) -> Dataset:
         """Take the part of a data set.
@@ -224,7 +224,7 @@ class Subset:
             (data.test, data.test_boxes, self.test_per_class),
         ):
             rows, labels = self.rows(examples.labels, keep, per_class)
-            parts.append(Examples(examples.images.select(rows), labels))
+            parts.append(Examples(examples.images.part(rows), labels))
             boxes.append(None if its_boxes is None else its_boxes[rows])
             taken.append(rows)
         files = data.train_files

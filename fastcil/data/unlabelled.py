@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from fastcil.data import cifar
-from fastcil.data.folder import read_files
+from fastcil.data.image_files import read_files
 from fastcil.data.listing import SUFFIXES, list_source
-from fastcil.data.load import load_examples
+from fastcil.data.load_examples import load_examples
+from fastcil.data.mapped import is_mapped
 from fastcil.data.places import resolve
 from fastcil.data.store import Examples, ImageStore
 from fastcil.errors import DataError
@@ -59,7 +60,7 @@ def load_images(source: Any, *, limit: int | None = None, skip_bad: bool = False
         images = load_examples(source, skip_bad=skip_bad)[0].images
     kept = _evenly(len(images), limit)
     if len(kept) < len(images):
-        images = images.select(torch.tensor(kept))
+        images = images.part(torch.tensor(kept))
     return _unlabelled(images, source)
 
 
@@ -72,7 +73,8 @@ def _tree(source: Any) -> Path | None:
         path = resolve(source)
     except DataError:
         return None
-    return None if path.suffix == ".npz" or cifar.find_cifar(path) is not None else path
+    packed = path.suffix == ".npz" or is_mapped(path) or cifar.find_cifar(path) is not None
+    return None if packed else path
 
 
 def _read_tree(path: Path, limit: int | None, skip_bad: bool) -> Examples:

@@ -6,11 +6,13 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, Namespace
 
 from fastcil.contract import nearest
+from fastcil.data.ingest import CHUNK_NBYTES
 from fastcil.engine.options import build_groups, check_keys, config_types, explain
 from fastcil.engine.preset_files import is_run_preset
 from fastcil.engine.presets import merge_options, preset_arguments, read_yaml
@@ -47,6 +49,19 @@ class RunArguments:
     device: str = "auto"
     run_dir: str | None = None
     preset: str | None = None
+
+
+@dataclass(frozen=True)
+class ProfileArguments:
+    """What `fastcil profile` takes beside.
+
+    Args:
+        steps: Steps of each stage that are timed.
+        tasks: How many of the run's first tasks are gone through.
+    """
+
+    steps: int = 20
+    tasks: int = 2
 
 
 @dataclass(frozen=True)
@@ -88,13 +103,13 @@ _SHARE = "Let the first method train the first task, once per seed, and the othe
 
 
 def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The keyword arguments of `fastcil.train` or `fastcil.compare`.
+    """The keyword arguments of `fastcil.train`, `fastcil.compare` or `fastcil.engine.profile`.
 
     Options come from ``--config FILE`` (YAML, as ``config.yaml`` of a run directory) and from
     flags; where both name one, the later on the command line wins.
 
     Args:
-        command: ``train`` or ``compare``.
+        command: ``train``, ``compare`` or ``profile``.
         arguments: What follows it.
 
     Raises:
@@ -102,6 +117,7 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """
     which, default = {
         "train": ("method", "foster+cim"),
+        "profile": ("method", "foster+cim"),
         "compare": ("methods", "foster,foster+cim"),
     }[command]
     methods = _named_in(arguments, which) or default
@@ -116,13 +132,15 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     parser = ArgumentParser(prog=f"fastcil {command}", exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
     # A list or a mapping as YAML writes it; text with commas between on the command line.
-    kind = str if command == "train" else str | list[str] | dict[str, Any]
+    kind = str | list[str] | dict[str, Any] if command == "compare" else str
     parser.add_argument(f"--{which}", type=kind, default=default)
     parser.add_class_arguments(RunArguments)
     if command == "compare":
         parser.add_argument(
             "--share_first_task", action=ActionYesNo, nargs="?", default=False, help=_SHARE
         )
+    if command == "profile":
+        parser.add_class_arguments(ProfileArguments)
     if is_run_preset(preset):
         parser.set_defaults(preset_arguments(preset))
     for name, cls in types.items():
@@ -136,6 +154,8 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     # A dash in a name is an underscore in what was parsed.
     if command == "compare":
         options["share_first_task"] = parsed["share_first_task"]
+    if command == "profile":
+        options |= {field.name: parsed[field.name] for field in fields(ProfileArguments)}
     return {**options, **{name: parsed[name.replace("-", "_")] for name in types}}
 
 
@@ -232,3 +252,47 @@ def parse_report(arguments: Sequence[str]) -> str:
     parser = ArgumentParser(prog="fastcil report", exit_on_error=False)
     parser.add_argument("run_dir", type=str, help="a directory that train or compare wrote")
     return str(parse_flags(parser, arguments).run_dir)
+
+
+@dataclass(frozen=True)
+class IngestArguments:
+    """What `fastcil ingest` takes beside SOURCE and OUT; see `fastcil.data.ingest.ingest`.
+
+    Args:
+        short_side: Shrink images until their shorter side has so many pixels.
+        workers: Processes that decode; as many as there are processors if not given.
+        skip_bad: Leave out, count and list images that can't be used, instead of stopping.
+        chunk_nbytes: About how many bytes of pixels are decoded and noted together.
+        verify: Check all checksums of this folder instead, and name the first damaged chunk.
+    """
+
+    short_side: int | None = None
+    workers: int | None = None
+    skip_bad: bool = False
+    chunk_nbytes: int = CHUNK_NBYTES
+    verify: str | None = None
+
+
+_INGEST = """Writes image files once as packed pixels that are memory-mapped: fastcil ingest SOURCE
+OUT, then --data OUT. Stopped or killed, the same command goes on where it was. fastcil ingest
+--verify OUT checks what was written."""
+
+
+def parse_ingest(arguments: Sequence[str]) -> dict[str, Any]:
+    """The keyword arguments of `fastcil.data.ingest.ingest`; or ``verify`` alone, a path.
+
+    Raises:
+        FastcilError: Anything that can't be used, or no source or place.
+    """
+    parser = ArgumentParser(prog="fastcil ingest", description=_INGEST, exit_on_error=False)
+    parser.add_argument("places", nargs="*", help="SOURCE, as --data takes it, and OUT, a folder")
+    parser.add_class_arguments(IngestArguments)
+    parsed = parse_flags(parser, arguments).as_dict()
+    places, verify = parsed.pop("places") or [], parsed.pop("verify")
+    if verify is not None and not places:
+        return {"verify": Path(verify)}
+    if verify is not None or len(places) != 2:
+        raise FastcilError(
+            f"ingest takes SOURCE OUT, or --verify OUT alone; it got '{' '.join(arguments)}'."
+        )
+    return {"source": places[0], "out": places[1], **parsed}

@@ -14,10 +14,10 @@ from fastcil.compression.codec import ImageCodec
 from fastcil.compression.errors import BitstreamError
 from fastcil.compression.evaluation import Photos
 from fastcil.data import ImageStore, resolve
-from fastcil.data.folder import decode_image
-from fastcil.data.listing import SUFFIXES, Source, list_source
+from fastcil.data.listing import SUFFIXES, Source, list_source, read_source
 from fastcil.engine.state import write_atomically
 from fastcil.errors import DataError, FastcilError
+from fastcil.files.decode import decode_image
 
 SUFFIX = ".fcl"
 """How names of the learned codec's files end."""
@@ -58,9 +58,9 @@ def read_photo(name: str, source: Source) -> np.ndarray:
     Raises:
         DataError: It can't be read or does not decode.
     """
-    if isinstance(source, bytes):
-        return decode_image(source, name)
-    return decode_image(_bytes_of(source), str(source))
+    if isinstance(source, Path):
+        return decode_image(_bytes_of(source), str(source))
+    return decode_image(read_source(source), name)
 
 
 def load_photos(sources: Sequence[str | Path]) -> Photos:

@@ -21,11 +21,12 @@ from fastcil.engine.options import (
     check_keys,
     config_types,
 )
-from fastcil.engine.plan import Plan, claim, make_plan
+from fastcil.engine.placement import place_images
+from fastcil.engine.plan import Plan, check_folder, claim, make_plan
 from fastcil.engine.preset_files import is_run_preset
 from fastcil.engine.presets import merge_options, preset_arguments
 from fastcil.engine.result import Result, rounded
-from fastcil.engine.run import run_plan
+from fastcil.engine.run import is_left, run_plan
 from fastcil.engine.scenario import Scenario
 from fastcil.engine.state import write_atomically
 from fastcil.engine.variants import Methods, parse_variants
@@ -304,13 +305,15 @@ def compare(
         plans[variant.label] = plan
     folder = Path(run_dir) if run_dir is not None else None
     firsts = share(plans, folder) if share_first_task else None
+    folders = {label: folder / label if folder else None for label in plans}
+    for label, plan in plans.items():
+        if folder:
+            check_folder(folder / label, plan)
+    place_images([plan for label, plan in plans.items() if is_left(plan, folders[label])])
     if folder:
         for label, plan in plans.items():
             claim(folder / label, plan)
-    results = {
-        label: run_plan(plan, folder / label if folder else None, firsts)
-        for label, plan in plans.items()
-    }
+    results = {label: run_plan(plan, folders[label], firsts) for label, plan in plans.items()}
     comparison = Comparison(results, folder)
     if folder is not None:
         comparison.save(folder / "compare.json")

@@ -20,6 +20,8 @@ class EngineContext:
         device: Where networks live.
         batch_size: Images per step of a scan.
         bare: Builds a feature extractor of the same shape whatever its weights; None: ``backbone``.
+        scanned: What a scan's function computes in by autocast; None: as it is. Its outputs are
+            float32 all the same.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class EngineContext:
         device: torch.device,
         batch_size: int = 256,
         bare: Callable[[], nn.Module] | None = None,
+        scanned: torch.dtype | None = None,
     ) -> None:
         self._backbone = backbone
         self._bare = bare or backbone
         self.augmentation = augmentation
         self.device = device
         self.batch_size = batch_size
+        self.scanned = scanned
 
     def make_backbone(self) -> nn.Module:
         """A new feature extractor, on the run's device, in channels_last memory."""
@@ -85,14 +89,17 @@ class EngineContext:
         for start in range(0, max(len(examples), 1), self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, len(examples)))
             pixels = self._read(examples, index, crop(sizes[index]), flip)
-            outputs.append(
-                function(
-                    pixels,
-                    examples.labels[index.to(examples.labels.device)].to(self.device),
-                    sizes[index].to(self.device),
-                )
-            )
+            labels = examples.labels[index.to(examples.labels.device)].to(self.device)
+            with self._autocast():
+                row = function(pixels, labels, sizes[index].to(self.device))
+            outputs.append(tuple(map(self._widened, row)))
         return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.scanned, enabled=self.scanned is not None)
+
+    def _widened(self, output: Tensor) -> Tensor:
+        return output.float() if output.dtype == self.scanned else output
 
     def _read(self, examples: Examples, index: Tensor, crops: Tensor, flip: bool) -> Tensor:
         """Normalised images, uncut by chance."""

@@ -15,6 +15,7 @@ import torch
 
 import fastcil
 from fastcil.engine.resolve import pick_device
+from fastcil.nn.ranks import current
 from fastcil.ops import extension_available
 
 
@@ -34,6 +35,7 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        **({"ranks": current().size} if current().size > 1 else {}),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         "extension": extension_available(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -83,6 +83,8 @@ class EngineOptions:
         epoch_scale: Multiplies every length counted in epochs; 0.1 for a run a tenth as long.
         batch_size: Replaces every recipe's batch size; None leaves them.
         scan_batch: Images per step of evaluation, selection and box making.
+        scan_precision: What those passes compute in: ``fp32``, or autocast to ``bf16``, which
+            halves their time or better and may choose other exemplars.
         knn: Neighbours that vote in a readout ``knn``, a probe of the features; 0 for none.
         tsne: Whether to lay out features of the last task in the plane, by t-SNE (an extra).
         forward_transfer: Whether to measure forward transfer (Lopez-Paz and Ranzato 2017), which
@@ -99,9 +101,15 @@ class EngineOptions:
         order_seed: Seed of the class order; None keeps the data set's.
         init_seed: Seed of weights; None is the run's seed.
         data_seed: Seed of shuffles and augmentation; None is the run's seed.
-        threads: CPU threads; None leaves torch's choice.
+        threads: CPU threads of each process; None leaves torch's choice, or gives each of several
+            processes on a machine its part of the cores.
+        rank_timeout: Seconds that a process waits for the others, where torchrun started several;
+            more than what the first of them takes to write a checkpoint.
         tensorboard: Whether to write TensorBoard events (an extra).
         progress: Whether to show progress.
+        data: Where images stay: on the ``device``, in ``host`` memory, or in the file that they are
+            mapped from, on ``disk``; ``auto`` takes the first of them where they fit (see
+            `fastcil.engine.placement.choose`).
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -109,6 +117,7 @@ class EngineOptions:
     epoch_scale: float = 1.0
     batch_size: int | None = None
     scan_batch: int = 256
+    scan_precision: Literal["fp32", "bf16"] = "fp32"
     knn: int = 0
     tsne: bool = False
     forward_transfer: bool = False
@@ -120,8 +129,10 @@ class EngineOptions:
     init_seed: int | None = None
     data_seed: int | None = None
     threads: int | None = None
+    rank_timeout: float = 300.0
     tensorboard: bool = False
     progress: bool = True
+    data: Literal["auto", "device", "host", "disk"] = "auto"
 
     def __post_init__(self) -> None:
         if not self.epoch_scale > 0:
@@ -129,7 +140,7 @@ class EngineOptions:
                 f"engine.epoch_scale is {self.epoch_scale}; it must be a positive number."
             )
         for names, least in (
-            (("batch_size", "scan_batch", "threads", "epoch_choice_every"), 1),
+            (("batch_size", "scan_batch", "threads", "epoch_choice_every", "rank_timeout"), 1),
             (("order_seed", "init_seed", "data_seed", "checkpoint_seconds", "knn"), 0),
         ):
             for name in names:

@@ -359,6 +359,9 @@ class Learner:
             parts = self._make(*natural_look(images, self.settings.groups["augment"]))
             parts.check(images)
             self._parts = parts
+        # A batch is read from stores on one device: exemplars are where the new images are.
+        if self.memory.device != images.device:
+            self.memory.to(images.device)
         augmentation = self.parts.augmentation
         check_crop(images, augmentation.size, augmentation.crop)
 

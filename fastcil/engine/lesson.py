@@ -10,14 +10,18 @@ import torch
 
 from fastcil.contract import Method, Stage, Task, evaluating
 from fastcil.data import Examples
+from fastcil.engine.distributed import check_alike
 from fastcil.engine.epoch_choice import EpochChoice, plan_choice
 from fastcil.engine.events import Listener
 from fastcil.engine.online import see_once
 from fastcil.engine.options import Settings
 from fastcil.engine.parts import Parts
+from fastcil.engine.phases import phase
 from fastcil.engine.seeds import mix
 from fastcil.engine.state import random_state, set_random_state
 from fastcil.engine.trainer import Trainer
+from fastcil.memory.checksum import checksum
+from fastcil.nn.ranks import current
 
 _INIT, _DATA, _SELECT, _REFINE = 0, 1, 2, 3
 
@@ -74,6 +78,24 @@ class Lesson:
         done = replace(task, exemplars=self.parts.memory.examples())
         for part in self.parts.learners:
             part.end_task(done)
+        if current().size > 1:
+            self._compare_ranks(task)
+
+    def _compare_ranks(self, task: Task) -> None:
+        """Makes sure that all ranks hold the same, and says what."""
+        parts = self.parts
+        tensors = [
+            (f"{number}.{name}", tensor)
+            for number, part in enumerate(parts.learners)
+            for name, tensor in part.tensors().items()
+        ]
+        sums = {
+            "memory": parts.memory.checksum(),
+            "weights": checksum(dict(tensors)),
+            "random numbers": checksum({"cpu": random_state()["cpu"]}),
+        }
+        check_alike(sums, task.name)
+        self.tell("ranks", {"task": task.index, "ranks": current().size, "memory": sums["memory"]})
 
     @staticmethod
     def progress(trainer: Trainer) -> dict[str, Any]:
@@ -132,7 +154,8 @@ class Lesson:
         if task.first and self.settings.groups["network"].norms == "first":
             self.parts.method.network.freeze_norms()
         self.tell("remember", {"task": task.index})
-        self._remember(task)
+        with phase("memory update"):
+            self._remember(task)
 
     def _stages(self, task: Task) -> list[Stage]:
         """What the method and its addons describe."""
@@ -185,9 +208,10 @@ class Lesson:
             self._keep_first(task)
             return
         with evaluating(parts.method):
-            parts.prepare_memory(task)
-            for addon in parts.addons:
-                marks = addon.marks(task.examples) if marks is None else marks
+            with phase("addon", when=bool(parts.addons)):
+                parts.prepare_memory(task)
+                for addon in parts.addons:
+                    marks = addon.marks(task.examples) if marks is None else marks
             parts.offered = marks
             parts.memory.update(
                 task,

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcil.contract import Batch, Stream
 from fastcil.data import Augmentation, read_batch, view_geometry
 from fastcil.engine.seeds import generator
+from fastcil.ops import send
 
 _ORDER, _PIXELS = 0, 1
 
@@ -79,7 +80,7 @@ class _StreamReader:
         lengths = torch.tensor([0] + [len(part) for part in stream.parts])
         self.starts = lengths.cumsum(0)
         self.stores = [part.images for part in stream.parts]
-        self.labels = torch.cat([part.labels.to(device) for part in stream.parts])
+        self.labels = torch.cat([part.labels.cpu() for part in stream.parts])
         self.sizes = torch.cat([store.sizes.cpu() for store in self.stores])
         self.fixed = None if callable(stream.subset) else stream.pool()
         self._epoch_order: tuple[tuple[int, int], Tensor] | None = None
@@ -143,13 +144,8 @@ class _StreamReader:
             program=self.augmentation.program(len(index), draws),
             device=self.device,
         )
-        return Batch(
-            images,
-            self.labels[positions.to(self.device)],
-            part.to(self.device),
-            index.to(self.device),
-            entries,
-        )
+        labels, part, index = send((self.labels[positions], part, index), self.device)
+        return Batch(images, labels, part, index, entries)
 
     def _views(
         self, part: Tensor, index: Tensor, sizes: Tensor, draws: torch.Generator

@@ -63,9 +63,9 @@ def announce(preset: Any, data: Any, options: Mapping[str, Any]) -> None:
     told = read_preset(preset)
     if isinstance(data, str) and data == told.arguments["data"]:
         number = told.images["train"] + told.images["test"]
-        _say(
-            f"{preset}: reading {number:,} images, about {_bytes(told.image_nbytes)} in memory, "
-            f"for a while twice that"
+        say(
+            f"{preset}: reading {number:,} images, about {format_size(told.image_nbytes)} in "
+            f"memory, for a while twice that"
         )
 
 
@@ -75,14 +75,14 @@ def tell_needs(plan: Plan) -> None:
     The run does not depend on it: the steps train networks of their own, and the random generators
     are put back.
     """
-    _say(f"{plan.preset}: {_images_line(plan)}")
+    say(f"{plan.preset}: {_images_line(plan)}")
     try:
         needs = measure(plan)
     except Exception as error:  # What fails on a few images need not fail in the run.
-        _say(f"{plan.settings.method}: how long it will take could not be measured: {error}")
+        say(f"{plan.settings.method}: how long it will take could not be measured: {error}")
         return
-    on_device = f", {_bytes(needs.device_nbytes)} on the device" if needs.device_nbytes else ""
-    _say(
+    on_device = f", {format_size(needs.device_nbytes)} on the device" if needs.device_nbytes else ""
+    say(
         f"{plan.settings.method}: {needs.epochs:,} epochs in {needs.tasks} tasks, about "
         f"{needs.steps:,} steps and {_hours(needs.seconds)} a seed on {_device(plan)} "
         f"({STEPS} steps of each stage timed, the first at {needs.rate:,.0f} images/s{on_device})"
@@ -184,26 +184,25 @@ def _images_line(plan: Plan) -> str:
     train, test = plan.dataset.train, plan.dataset.test
     sizes = _sizes(plan)
     total = len(plan.scenario.order)
-    largest = max(size.new for size in sizes) * _mean_nbytes(plan)
     kept = min(float(len(train)), sizes[-1].quota * total)
     return (
         f"{len(train):,} training and {len(test):,} test images of {total} classes, "
-        f"{_bytes(train.images.nbytes + test.images.nbytes)}, {_bytes(largest)} more for the "
-        f"largest task; memory {plan.budget}, at the end about {kept:,.0f} raw images, "
-        f"{_bytes(kept * _mean_nbytes(plan))}"
+        f"{format_size(train.images.nbytes + test.images.nbytes)}; memory {plan.budget}, at the "
+        f"end about {kept:,.0f} raw images, "
+        f"{format_size(kept * _mean_nbytes(plan))}"
     )
 
 
-def _say(line: str) -> None:
-    """A line where progress is shown."""
+def say(line: str) -> None:
+    """Prints a line where progress is shown."""
     Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _bytes(number: float) -> str:
-    """Bytes as people read them.
+def format_size(number: float) -> str:
+    """Bytes as people read them, in powers of 1000.
 
     Example:
-        >>> _bytes(71.4e9), _bytes(6_200_000)
+        >>> format_size(71.4e9), format_size(6_200_000)
         ('71.4 GB', '6.2 MB')
     """
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):

@@ -97,7 +97,9 @@ class Parts:
         if network.weights is not None:
             settled = None if backbone else settle(network, size)
             make = starting_from(bare, network.weights, settings.state_dict, settled)
-        context = EngineContext(make, augmentation, device, settings.engine.scan_batch, bare)
+        engine = settings.engine
+        scanned = torch.bfloat16 if engine.scan_precision == "bf16" else None
+        context = EngineContext(make, augmentation, device, engine.scan_batch, bare, scanned)
         method: Method = method_class(settings.config(method_name), context)
         addons: list[Addon] = [
             lookup("addon", name)(settings.config(name), context, method) for name in addon_names

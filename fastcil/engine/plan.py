@@ -29,7 +29,10 @@ IDENTITY = "identity.yaml"
 
 # Options that change how a run is watched or how fast it is, not what it computes, but for the
 # last bits of sums that are cut into as many parts as there are threads.
-_FREE = ("progress", "tensorboard", "checkpoint_seconds", "threads", "scan_batch")
+_FREE = (
+    *("progress", "tensorboard", "checkpoint_seconds", "threads", "scan_batch", "rank_timeout"),
+    "data",
+)
 # Those that say something of few-shot streams only.
 _FEW_SHOT = ("epoch_choice", "epoch_choice_every")
 
@@ -38,6 +41,7 @@ _FEW_SHOT = ("epoch_choice", "epoch_choice_every")
 class Plan:
     """Everything that decides what a run computes.
 
+    ``images`` is the data set's `fingerprint`, wherever its images are placed meanwhile.
     ``codec_checksum`` is that of the codec's weights, if it has some: another file may have come to
     stand where they were read. ``first_task`` is the label of the run whose first task this one
     takes over, ``first_task_checksum`` that of its identity.
@@ -50,6 +54,7 @@ class Plan:
     seeds: tuple[int, ...]
     device: str
     data_name: str
+    images: str
     backbone: Callable[[], torch.nn.Module] | None = None
     preset: str | None = None
     codec_checksum: str | None = None
@@ -80,7 +85,7 @@ class Plan:
             config["first_task"] = f"that of {self.first_task}, crc32 {self.first_task_checksum}"
         for name in ("seeds", "load", "preset"):
             config.pop(name, None)
-        config["images"] = fingerprint(self.dataset)
+        config["images"] = self.images
         config["tasks"] = _stream_fingerprint(self.scenario)
         if self.codec_checksum is not None:
             config["codec_checksum"] = self.codec_checksum
@@ -92,12 +97,20 @@ class Plan:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A checksum that tells whether two data sets are the same: sizes, labels, sampled pixels."""
+    """A checksum that tells whether two data sets are the same: sizes, labels, sampled pixels.
+
+    Of pixels in a file none is read: their own checksum and their places in the file say which.
+    """
     value = zlib.crc32("\0".join(dataset.class_names).encode())
     for part in (dataset.train, dataset.test):
-        pixels = part.images.pixels
-        sample = pixels[:: max(1, len(pixels) // (1 << 20))]
-        for tensor in (part.images.geometry, part.labels, sample):
+        images = part.images
+        if images.mapped is not None:
+            value = zlib.crc32(images.mapped.encode(), value)
+            sample = images.offsets
+        else:
+            pixels = images.state()["pixels"]
+            sample = pixels[:: max(1, len(pixels) // (1 << 20))]
+        for tensor in (images.geometry, part.labels, sample):
             value = zlib.crc32(np.ascontiguousarray(tensor.cpu().numpy()).tobytes(), value)
     return f"{len(dataset.train)}+{len(dataset.test)} images, crc32 {value:08x}"
 
@@ -158,6 +171,7 @@ def make_plan(
         seeds,
         device,
         str(data) if isinstance(data, (str, Path)) else dataset.name,
+        fingerprint(dataset),
         backbone,
         preset,
         checksum(codec_state)[:16] if codec_state else None,
@@ -173,16 +187,16 @@ def _check_seeds(seeds: Sequence[int] | int) -> tuple[int, ...]:
     return tuple(int(s) for s in given)
 
 
-def claim(folder: Path, plan: Plan) -> None:
-    """Makes the run directory, or checks that what lies there is the same run.
+def check_folder(folder: Path, plan: Plan) -> None:
+    """Makes sure that a run directory is free, or holds the same run.
 
     Raises:
-        FastcilError: It holds a run of another config, whose differences are named; or nothing
-            can be written there.
+        FastcilError: It holds something else, or a run of another config, whose differences are
+            named.
     """
     identity = folder / IDENTITY
-    now = _from_yaml(_to_yaml(plan.identity()))
     if identity.is_file():
+        now = _from_yaml(_to_yaml(plan.identity()))
         before = _from_yaml(identity.read_bytes())
         as_published = make_settings(plan.settings.method, codec=plan.settings.codec).as_dict()
         differences = _differences(before, now, flatten(as_published))
@@ -195,8 +209,18 @@ def claim(folder: Path, plan: Plan) -> None:
         raise FastcilError(
             f"run_dir is '{folder}', which is not empty and holds no run; use an empty one."
         )
-    else:
-        write_atomically(identity, _to_yaml(now))
+
+
+def claim(folder: Path, plan: Plan) -> None:
+    """Makes the run directory, or checks that what lies there is the same run.
+
+    Raises:
+        FastcilError: As `check_folder`; or nothing can be written there.
+    """
+    check_folder(folder, plan)
+    identity = folder / IDENTITY
+    if not identity.is_file():
+        write_atomically(identity, _to_yaml(plan.identity()))
     if plan.dataset.skipped:
         lines = "".join(f"{line}\n" for line in plan.dataset.skipped)
         write_atomically(folder / "skipped.txt", lines.encode())

@@ -9,10 +9,11 @@ from fastcil.contract import Recipe
 from fastcil.engine.groups import GROUPS, AugmentOptions, EngineOptions
 from fastcil.engine.learner import Learner
 from fastcil.engine.options import check_keys, flatten, nest
-from fastcil.engine.plan import Plan, make_plan
+from fastcil.engine.placement import place_images
+from fastcil.engine.plan import Plan, check_folder, make_plan
 from fastcil.engine.resolve import settle
 from fastcil.engine.result import Result
-from fastcil.engine.run import run_plan
+from fastcil.engine.run import is_left, run_plan
 from fastcil.engine.seed_run import LEARNER
 from fastcil.engine.weights import save_weights
 from fastcil.nn.lifecycle import linear_head
@@ -113,6 +114,8 @@ def pretrain(
         merged["engine.precision"] = precision
     plan = make_plan(_METHOD, data, "lfs-1", "none", None, seed, device, None, merged)
     folder = Path(run_dir)
+    check_folder(folder, plan)
+    place_images([plan] if is_left(plan, folder) else [])
     result = run_plan(plan, folder)
     file = folder / WEIGHTS
     if not file.is_file():

@@ -72,9 +72,13 @@ class TerminalProgress:
         if fields["epoch"] + 1 == fields["epochs"]:
             self._close()
             losses = ", ".join(f"{name} {value:.3f}" for name, value in fields["losses"].items())
+            shares = "".join(
+                f", {name} {share:.0%} of the epoch"
+                for name, share in fields.get("shares", {}).items()
+            )
             self._console.print(
                 f"{self._task} {fields['stage']}: {fields['epochs']} epochs, {losses}, "
-                f"{self._rate}",
+                f"{self._rate}{shares}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -109,6 +109,7 @@ def rehearse(plan: Plan) -> list[RehearsedTask]:
         *natural_look(images, settings.groups["augment"]),
         plan.backbone,
     )
+    parts.memory.to(images.device)
     try:
         return [
             _rehearse_task(plan, parts, replace(settings), number)

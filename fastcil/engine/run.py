@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastcil.engine.distributed import check_divisible, in_turn, joined, on_first
 from fastcil.engine.environment import environment
 from fastcil.engine.first_task import SharedFirstTask
 from fastcil.engine.learner import Learner
 from fastcil.engine.needs import announce, tell_needs
-from fastcil.engine.plan import Plan, claim, make_plan
+from fastcil.engine.options import make_settings
+from fastcil.engine.placement import place_images
+from fastcil.engine.plan import Plan, check_folder, claim, make_plan
 from fastcil.engine.preset_files import is_run_preset
 from fastcil.engine.presets import merge_options, preset_arguments
 from fastcil.engine.result import Result
@@ -65,11 +69,15 @@ def train(
         **options: Dotted option names -> values, as on the command line:
             ``**{"cim.threshold": 0.7}``.
 
+    Where torchrun started several processes, all call this alike, and train together
+    (`fastcil.engine.distributed`).
+
     Returns:
         The `Result`; its ``learner`` is the first seed's.
 
     Raises:
         FastcilError: Anything that can't be used, in one sentence, before anything is written.
+        RankLostError: Another of several processes ended.
 
     Example:
         >>> result = train("er", data="scenes:classes=4,size=32,train_per_class=8,test_per_class=4",
@@ -81,21 +89,34 @@ def train(
     """
     merged = merge_options(preset, options, [method])
     arguments = preset_arguments(preset, data=data, scenario=scenario, memory=memory)
-    announce(preset, arguments["data"], merged)
-    plan = make_plan(
-        method,
-        arguments["data"],
-        arguments["scenario"],
-        arguments["memory"],
-        codec,
-        seeds,
-        device,
-        backbone,
-        merged,
-        str(preset) if is_run_preset(preset) else None,
-    )
+    engine = make_settings(method, merged, codec).engine
     folder = Path(run_dir) if run_dir is not None else None
-    return run_plan(plan, folder)
+    with joined(device, engine.rank_timeout) as ranks:
+        check_divisible(engine, ranks.size)
+        if ranks.first:
+            announce(preset, arguments["data"], merged)
+        with in_turn():
+            plan = make_plan(
+                method,
+                arguments["data"],
+                arguments["scenario"],
+                arguments["memory"],
+                codec,
+                seeds,
+                device,
+                backbone,
+                merged,
+                str(preset) if is_run_preset(preset) else None,
+            )
+        if folder is not None:
+            on_first(partial(check_folder, folder, plan))
+        place_images([plan] if is_left(plan, folder) else [])
+        return run_plan(plan, folder)
+
+
+def is_left(plan: Plan, folder: Path | None) -> bool:
+    """Whether a plan's runs have something left to do, rather than all be read from a folder."""
+    return folder is None or not all((folder / f"seed-{s}" / RESULT).is_file() for s in plan.seeds)
 
 
 def run_plan(
@@ -106,9 +127,9 @@ def run_plan(
     ``firsts`` holds each seed's first task, if several runs share it.
     """
     if folder is not None:
-        claim(folder, plan)
-    if plan.preset is not None and plan.settings.engine.progress and not _begun(folder):
-        tell_needs(plan)
+        on_first(partial(claim, folder, plan))
+    if plan.preset is not None and plan.settings.engine.progress:
+        on_first(partial(_tell_needs, plan, folder))
     learners: list[Learner] = []
     outcomes = []
     for seed in plan.seeds:
@@ -128,8 +149,14 @@ def run_plan(
         folder,
         lambda: Learner.load(first / LEARNER, device=plan.device, backbone=plan.backbone),
     )
-    result.save(folder / RESULT)
+    on_first(lambda: result.save(folder / RESULT))
     return result
+
+
+def _tell_needs(plan: Plan, folder: Path | None) -> None:
+    """Tries the run out before it begins, in this process alone."""
+    if not _begun(folder):
+        tell_needs(plan)
 
 
 def _begun(folder: Path | None) -> bool:

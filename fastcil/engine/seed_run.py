@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastcil.contract import Task
 from fastcil.data import Examples
+from fastcil.engine.distributed import first_says, on_first
 from fastcil.engine.environment import environment
 from fastcil.engine.epoch_choice import EpochChoice, held_out
 from fastcil.engine.evaluate import count_ahead, count_correct
@@ -20,6 +22,7 @@ from fastcil.engine.first_task import SharedFirstTask
 from fastcil.engine.learner import Learner
 from fastcil.engine.lesson import FirstTask
 from fastcil.engine.localisation import localisation_records
+from fastcil.engine.phases import phase
 from fastcil.engine.plan import Plan
 from fastcil.engine.probe import probes
 from fastcil.engine.progress import make_progress
@@ -29,6 +32,7 @@ from fastcil.engine.scenario import Arrival, pick, positions
 from fastcil.engine.state import load_state, locked, save_state
 from fastcil.engine.trainer import Trainer
 from fastcil.engine.tsne import tsne_records
+from fastcil.nn.ranks import Ranks, current, working_as
 
 CHECKPOINT, LEARNER, RESULT = "checkpoint.safetensors", "learner.safetensors", "result.json"
 
@@ -61,15 +65,23 @@ class SeedRun:
 
     def run(self) -> SeedOutcome:
         """Runs what is left to run and hands over everything measured."""
-        if self.folder is None:
+        folder = self.folder
+        if folder is None:
             return self._run()
-        if not (self.folder / RESULT).is_file():
-            with locked(self.folder):
+        if not first_says((folder / RESULT).is_file()):
+            with ExitStack() as stack:
+                on_first(lambda: stack.enter_context(locked(folder)))
                 # Another process may have finished it meanwhile.
-                if not (self.folder / RESULT).is_file():
+                if not first_says((folder / RESULT).is_file()):
                     return self._run()
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        return Result.load(self.folder).outcomes[0]
+        if self._writes is not None:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        return Result.load(folder).outcomes[0]
+
+    @property
+    def _writes(self) -> Path | None:
+        """The folder, where this process is the one that writes there."""
+        return self.folder if current().first else None
 
     def _run(self) -> SeedOutcome:
         tell = self._listener()
@@ -88,6 +100,8 @@ class SeedRun:
 
     def _listener(self) -> Listener:
         engine = self.plan.settings.engine
+        if not current().first:
+            return broadcast([])
         listeners: list[Listener] = [make_progress(engine.progress)]
         if self.folder is not None:
             listeners.append(JsonLines(self.folder / "events.jsonl"))
@@ -98,11 +112,11 @@ class SeedRun:
     def _restore(self, tell: Listener) -> dict[str, Any] | None:
         """The learner where it was stopped, or a new one; returns what a task under way needs."""
         file = self.folder / CHECKPOINT if self.folder is not None else None
-        if self.folder is not None:
+        if self._writes is not None:
             # What a kill left in the middle of a write.
-            for draft in self.folder.glob(".*.safetensors.*"):
+            for draft in self._writes.glob(".*.safetensors.*"):
                 draft.unlink()
-        if file is None or not file.is_file():
+        if file is None or not first_says(file.is_file()):
             plan = self.plan
             self.learner = Learner(
                 memory=plan.budget,
@@ -113,6 +127,8 @@ class SeedRun:
             )
             return None
         state = load_state(file)
+        # The next checkpoint takes this one's place.
+        current().barrier()
         # Options that may change between two sittings are this sitting's.
         saved = {**state["learner"], "settings": self.plan.settings.as_dict()}
         self.learner = Learner.from_state(
@@ -136,11 +152,13 @@ class SeedRun:
         lesson = self.learner.learn_task(
             task, names, tell, save, resume, look, self._judges(task), self._first
         )
-        outcome = self._measure(task, len(names), lesson.choice)
+        with phase("evaluation"):
+            outcome = self._measure(task, len(names), lesson.choice)
         self.outcome.tasks.append(outcome)
         tell("evaluated", self._headline(number, outcome))
         self.learner.method.release()
-        self._save(self.learner.state(), {})
+        if self._writes is not None:
+            self._save(self.learner.state(), {})
 
     def _task(self, number: int) -> tuple[Task, list[str]]:
         """The task, with labels in learning order, and the names of its new classes."""
@@ -263,25 +281,33 @@ class SeedRun:
 
     def _save_between_steps(self, trainer: Trainer) -> None:
         due = self.plan.settings.engine.checkpoint_seconds
-        if self.folder is None or time.monotonic() - self._saved_at < due:
+        if self._writes is None or time.monotonic() - self._saved_at < due:
             return
         assert self.learner is not None
-        state = self.learner.checkpoint(trainer)
+        # The others go on to the next step.
+        with working_as(Ranks()):
+            state = self.learner.checkpoint(trainer)
         seconds = time.monotonic() - self._task_began
         self._save(state.pop("learner"), {**state, "seconds": seconds, "ahead": self._ahead})
 
     def _save(self, learner: dict[str, Any], more: dict[str, Any]) -> None:
         """One file holds everything, so that a kill leaves this checkpoint or the one before."""
-        if self.folder is not None:
+        if self._writes is not None:
             tasks = [asdict(task) for task in self.outcome.tasks]
-            save_state(self.folder / CHECKPOINT, {"learner": learner, "tasks": tasks, **more})
+            save_state(self._writes / CHECKPOINT, {"learner": learner, "tasks": tasks, **more})
             self._saved_at = time.monotonic()
 
     def _finish(self) -> None:
         """The finished run's files; the result is written last, since it says it is finished."""
-        if self.folder is None or self.learner is None:
+        folder, learner = self.folder, self.learner
+        if folder is None or learner is None:
             return
-        self.learner.save(self.folder / LEARNER)
         measured = environment(self.plan.device)
-        Result(self.plan.config(), measured, [self.outcome]).save(self.folder / RESULT)
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+        def write() -> None:
+            learner.save(folder / LEARNER)
+            Result(self.plan.config(), measured, [self.outcome]).save(folder / RESULT)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+
+        # All read what was written.
+        on_first(write)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastcil.contract.files import write_atomically as write_atomically
 from fastcil.errors import FastcilError
+from fastcil.nn.ranks import current
 
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
@@ -123,7 +124,11 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts torch's global generators back."""
+    """Puts torch's global generators back; each of several ranks takes the first GPU's for its."""
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
+    if not state["cuda"] or not torch.cuda.is_available():
+        return
+    if current().size > 1 or len(state["cuda"]) > torch.cuda.device_count():
+        torch.cuda.set_rng_state(state["cuda"][0])
+    else:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcil.contract import Losses, Stage
+from fastcil.contract import Losses, Stage, restore_optimizer
 from fastcil.data import Augmentation
 from fastcil.engine.epoch_choice import EpochChoice
 from fastcil.engine.events import Listener
+from fastcil.engine.laps import Laps
 from fastcil.engine.loader import Loader
+from fastcil.engine.phases import phase
 from fastcil.errors import FastcilError
 
 LARGEST = 1e30
@@ -86,16 +88,22 @@ class _Lane:
         self.optimizer.zero_grad(set_to_none=True)
         # Backward takes its precision from the forward pass, not from autocast.
         with torch.autocast(loss.device.type, enabled=False):
-            self.scaler.scale(loss).backward()
-            recipe = self.stage.recipe
-            if recipe.clip or recipe.clip_value:
-                self.scaler.unscale_(self.optimizer)
-            if recipe.clip_value:
-                nn.utils.clip_grad_value_(self.parameters, recipe.clip_value)
-            if recipe.clip:
-                nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            with phase("backward"):
+                self.scaler.scale(loss).backward()
+            with phase("optimiser"):
+                self._advance()
+
+    def _advance(self) -> None:
+        """Clips the gradients and steps the optimiser."""
+        recipe = self.stage.recipe
+        if recipe.clip or recipe.clip_value:
+            self.scaler.unscale_(self.optimizer)
+        if recipe.clip_value:
+            nn.utils.clip_grad_value_(self.parameters, recipe.clip_value)
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def add(self, losses: Losses) -> None:
         """Sums losses on the device: reading them would wait for it."""
@@ -122,7 +130,7 @@ class _Lane:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Puts the optimiser back where it was."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -236,9 +244,11 @@ class Trainer:
         started = time.perf_counter()
         if self.cursor.step == 0:
             for call in stage.before_epoch:
-                call(epoch)
-        images, passed = 0, 0
+                with phase("addon"):
+                    call(epoch)
+        images, passed, laps = 0, 0, Laps(self.device)
         for lane in self._lanes:
+            laps.mark()
             lane.start_epoch(epoch)
             first = min(max(self.cursor.step - passed, 0), lane.steps)
             if first < lane.steps:
@@ -246,6 +256,7 @@ class Trainer:
             for step in range(first, lane.steps):
                 images += self._run_step(lane, epoch, step)
             passed += lane.steps
+        laps.mark()
         # Reading the losses waits for the device: the time is that of the work, not of its launch.
         losses = self._lanes[0].mean_losses()
         seconds = time.perf_counter() - started
@@ -262,6 +273,10 @@ class Trainer:
                 "epochs": stage.recipe.epochs,
                 "losses": losses,
                 "companions": {lane.stage.name: lane.mean_losses() for lane in self._lanes[1:]},
+                "shares": {
+                    lane.stage.name: round(lap / max(seconds, 1e-9), 4)
+                    for lane, lap in zip(self._lanes[1:], laps.seconds()[1:], strict=True)
+                },
                 "lr": self._lanes[0].lr,
                 "seconds": round(seconds, 4),
                 "rate": round(images / max(seconds, 1e-9), 1),
@@ -270,9 +285,11 @@ class Trainer:
 
     def _run_step(self, lane: _Lane, epoch: int, step: int) -> int:
         """One step of one lane; returns how many images it saw."""
-        batches = lane.loader.batches(epoch, step)
-        with self._autocast():
-            lane.add(lane.stage.step(batches, lane))
+        with phase("addon", when=lane is not self._lanes[0]):
+            with phase("data"):
+                batches = lane.loader.batches(epoch, step)
+            with self._autocast(), phase("forward"):
+                lane.add(lane.stage.step(batches, lane))
         self.cursor.step += 1
         self.tell("step", {"stage": lane.stage.name, "epoch": epoch, "step": step})
         if self.save is not None:

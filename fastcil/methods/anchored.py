@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -117,7 +117,7 @@ class Anchored(Method):
                 objective=objective,
                 streams=(Stream((task.examples,), recipe.batch_size),),
                 recipe=recipe,
-                parameters=self.network.trained_parameters,
+                parameters=self._start,
                 primary=True,
                 logits=self.logits,
             )
@@ -148,9 +148,19 @@ class Anchored(Method):
 
     def penalty(self) -> Tensor:
         """P of the network's weights."""
+        return self._held_by()(self.network)
+
+    def _held_by(self) -> Hold:
+        """What was kept, as a penalty; to make it waits for the device."""
         if self._hold is None or self._hold.kept is not self.kept:
             self._hold = Hold(self.kept, self.curvature())
-        return self._hold(self.network)
+        return self._hold
+
+    def _start(self) -> Iterable[nn.Parameter]:
+        """What a stage trains, asked as it begins: before any step."""
+        if len(self.kept):
+            self._held_by()
+        return self.network.trained_parameters()
 
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and adds it to that of the tasks before."""

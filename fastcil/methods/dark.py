@@ -28,6 +28,7 @@ from fastcil.memory.reservoir import Reservoir
 from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import masked_mean
 from fastcil.nn.lifecycle import linear_head, start_network
+from fastcil.ops import send
 
 _CIFAR100 = Recipe(
     epochs=50,
@@ -165,8 +166,8 @@ class DarkReplay(Method):
         """Offers a step's new images, and their logits [B, K], to the reservoir."""
         assert batch.entry is not None
         which, slots = self.reservoir.offer(batch.entry, self.reservoir.draws())
-        rows = logits.detach().float()[which.to(logits.device)]
-        self.fresh.index_copy_(0, slots.to(logits.device), rows.to(self.fresh.dtype))
+        which, slots = send((which, slots), logits.device)
+        self.fresh.index_copy_(0, slots, logits.detach().float()[which].to(self.fresh.dtype))
 
     def close(self) -> None:
         """Puts what the reservoir holds in a random order, of which memory keeps a prefix."""
@@ -316,9 +317,8 @@ class _DarkStage(Stage):
         losses, logits = self._run(dark.learn, new)
         # Batch normalisation has no variance to estimate from one image.
         if drawn and len(drawn[0]) > 1:
-            slots = dark.reservoir.occupied()[drawn[0].entry]
-            targets = dark.fresh[slots.to(dark.fresh.device)]
-            losses = {**losses, **self._run(dark.match, drawn[0], targets)}
+            (slots,) = send((dark.reservoir.occupied()[drawn[0].entry],), dark.fresh.device)
+            losses = {**losses, **self._run(dark.match, drawn[0], dark.fresh[slots])}
             for batch in drawn[1:]:
                 losses |= self._run(dark.replay, batch)
         stepper.update(total(losses))

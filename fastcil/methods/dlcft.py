@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -224,7 +224,7 @@ class DLCFT(Method):
                 objective=partial(self._loss, own, task.index + 1, len(streams) > 1),
                 streams=streams,
                 recipe=recipe,
-                parameters=self.network.trained_parameters,
+                parameters=self._start,
                 primary=True,
                 logits=self.logits,
             )
@@ -260,9 +260,19 @@ class DLCFT(Method):
         return 0.5 * squares.sum(1)
 
     def _penalty(self) -> Tensor:
+        return self._held_by()(self._scores())
+
+    def _held_by(self) -> Hold:
+        """What was kept, as a penalty; to make it waits for the device."""
         if self._hold is None or self._hold.kept is not self.kept:
             self._hold = Hold(self.kept, self._curvature())
-        return self._hold(self._scores())
+        return self._hold
+
+    def _start(self) -> Iterable[nn.Parameter]:
+        """What a stage trains, asked as it begins: before any step."""
+        if len(self.kept):
+            self._held_by()
+        return self.network.trained_parameters()
 
     def _held(self) -> list[str]:
         """Parameters that are held, named as in `_Scores`."""

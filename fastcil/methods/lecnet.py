@@ -225,7 +225,7 @@ class LECNet(Method):
         if expanded is None:
             logits = self.network(batch.images)  # [B, K]
         else:
-            maps = expanded.backbone(batch.images)
+            maps = expanded.own_maps(batch.images)
             logits = self.network.head(expanded.fuse(maps).mean((2, 3)))
             if expanded.newest.indicator != "ne":
                 pressure = expanded.newest.compression(maps.detach(), config.price)
@@ -257,7 +257,7 @@ class LECNet(Method):
         self._note(task, expanded, int(newest.beta))
         with evaluating(self):
             use = self.context.scan(
-                lambda images: newest.use(expanded.backbone(images)), task.examples
+                lambda images: newest.use(expanded.own_maps(images)), task.examples
             )
         compress(self.network, nodes_in_use(newest, use, self.config.removal))
 

@@ -73,7 +73,7 @@ class Analysis(nn.Module):
         newest = expanded.newest
 
         def look(images: Tensor) -> Tensor:
-            maps = expanded.backbone(images)
+            maps = expanded.own_maps(images)
             alpha = newest.alpha(newest.responses(maps)).expand(len(maps), -1, -1, -1)
             shares = [alpha < _NEAR, alpha > 1 - _NEAR, alpha]
             return torch.stack([share.double().mean((1, 2, 3)) for share in shares], 1)

@@ -49,6 +49,7 @@ from fastcil.nn.resnet import resnet32 as resnet32
 from fastcil.nn.scaling import ScaledConv2d as ScaledConv2d
 from fastcil.nn.scaling import merge_scales as merge_scales
 from fastcil.nn.scaling import scale_convolutions as scale_convolutions
+from fastcil.nn.shares import in_shares as in_shares
 from fastcil.nn.tangent import TangentConv2d as TangentConv2d
 from fastcil.nn.tangent import TangentLinear as TangentLinear
 from fastcil.nn.task_outputs import TaskOutputs as TaskOutputs

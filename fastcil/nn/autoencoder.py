@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastcil.errors import FastcilError
+from fastcil.nn.shares import in_shares
 
 _WIDTHS = (3, 8, 16, 32)
 _STEP = 2 ** (len(_WIDTHS) - 1)
@@ -62,6 +63,10 @@ class CompletionAutoencoder(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != _WIDTHS[0]:
             raise FastcilError(f"images has shape {tuple(images.shape)}; it must be [B, 3, H, W].")
+        completed: Tensor = in_shares(self, self._complete, images)
+        return completed
+
+    def _complete(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
         margins = (0, -width % _STEP, 0, -height % _STEP)
         if any(margins):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastcil.nn.expansion import Expansion, Indicator, Layer
+from fastcil.nn.shares import in_shares
 
 Fuse = Literal["sum", "concat"]
 
@@ -96,6 +97,11 @@ class ExpandedBackbone(nn.Module):
             self.backbone.eval()
         return self
 
+    def own_maps(self, images: Tensor) -> Tensor:
+        """The backbone's maps f_0, [B, C, h, w]."""
+        maps: Tensor = in_shares(self.backbone, self.backbone, images)
+        return maps
+
     def fuse(self, maps: Tensor) -> Tensor:
         """The backbone's maps f_0 [B, C, h, w] -> f_t, all that was added fused in."""
         fused = maps
@@ -111,7 +117,7 @@ class ExpandedBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> feature maps [B, C', h, w]."""
-        return self.fuse(self.backbone(images))
+        return self.fuse(self.own_maps(images))
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """The map after each of the backbone's stages, the last one being ``forward``'s."""

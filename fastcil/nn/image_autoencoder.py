@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcil.errors import FastcilError
+from fastcil.nn.shares import in_shares
 
 
 class ImageAutoencoder(nn.Module):
@@ -55,13 +56,17 @@ class ImageAutoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> codes [B, D], D being ``code_length``."""
-        return torch.flatten(self.encoder(images), 1)
+        return torch.flatten(in_shares(self.encoder, self.encoder, images), 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> their reconstructions, of the same shape."""
-        restored: Tensor = self.decoder(self.encoder(images))
+        restored: Tensor = in_shares(self, self._restore, images)
         # Halving rounds up: what comes back may be larger by up to three rows and columns.
         return restored[:, :, : images.shape[2], : images.shape[3]]
+
+    def _restore(self, images: Tensor) -> Tensor:
+        restored: Tensor = self.decoder(self.encoder(images))
+        return restored
 
     @torch.no_grad()
     def folded_decoder(self) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastcil.errors import FastcilError
 from fastcil.nn.propagation import Program
+from fastcil.nn.shares import in_shares
 from fastcil.nn.tangent import TangentConv2d, TangentLinear, TangentPair
 from fastcil.nn.tracing import Traced
 
@@ -60,6 +61,10 @@ class Linearized(nn.Module):
         Returns:
             g(x; psi0) and D_psi g(x; psi0) psi.  # as the network's output each
         """
+        pair: tuple[Tensor, Tensor] = in_shares(self, self._propagate, images)
+        return pair
+
+    def _propagate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         values: list[TangentPair | None] = [None] * self._slots
         values[0] = TangentPair(images, None)
         for step in self._steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fastcil.errors import FastcilError
 from fastcil.nn.extractor_kinds import build_extractor, extractor_structure
 from fastcil.nn.head_kinds import build_head
+from fastcil.nn.shares import in_shares
 from fastcil.nn.tensors import Tensors
 
 
@@ -82,7 +84,7 @@ class Network(nn.Module):
         Returns:
             [B, C, h, w]
         """
-        return _joined([extractor(images) for extractor in self.extractors])
+        return _joined([in_shares(e, e, images) for e in self.extractors])
 
     def features(self, images: Tensor) -> Tensor:
         """Feature vectors: the mean of the maps over all positions.
@@ -93,7 +95,7 @@ class Network(nn.Module):
         Returns:
             [B, C]
         """
-        return _joined([extractor(images).mean((2, 3)) for extractor in self.extractors])
+        return _joined([in_shares(e, partial(_pooled, e), images) for e in self.extractors])
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, K]."""
@@ -112,7 +114,7 @@ class Network(nn.Module):
                 f"extractor {type(extractor).__name__} has no levels(images); a method that "
                 "compares intermediate maps needs it."
             )
-        levels: list[Tensor] = extractor.levels(images)  # type: ignore[operator]
+        levels: list[Tensor] = in_shares(extractor, extractor.levels, images)  # type: ignore[arg-type]
         return levels
 
     def cam_weights(self, labels: Tensor) -> Tensor:
@@ -225,6 +227,12 @@ class Network(nn.Module):
         if structure["norms_frozen"]:
             network.freeze_norms()
         return network
+
+
+def _pooled(extractor: nn.Module, images: Tensor) -> Tensor:
+    """Feature vectors of one extractor."""
+    pooled: Tensor = extractor(images).mean((2, 3))
+    return pooled
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

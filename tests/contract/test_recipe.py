@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
-from fastcil.contract import Recipe, replace_batch_size, scale_epochs
+from fastcil.contract import Recipe, replace_batch_size, restore_optimizer, scale_epochs
 from fastcil.errors import FastcilError
 
 
@@ -58,6 +59,81 @@ def test_optimizers_have_the_recipes_settings(name, kind) -> None:
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.3, 0.02)
     assert group.get("momentum", 0.8) == 0.8
+
+
+def build_plain(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The recipe's optimiser as torch has it in Python, a parameter at a time."""
+    settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "foreach": False}
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, **settings)
+    return torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
+
+
+def draw_parameters(seed: int, dtype: torch.dtype) -> list[nn.Parameter]:
+    """A convolution's, in channels_last, a 1 x 1 one's, a matrix, a vector, a number."""
+    shapes = ((5, 3, 3, 3), (4, 2, 1, 1), (3, 4), (7,), ())
+    draws = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=draws, dtype=dtype) for shape in shapes]
+    made[0] = made[0].contiguous(memory_format=torch.channels_last)
+    return [nn.Parameter(tensor) for tensor in made]
+
+
+def pull(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int) -> None:
+    """A step of a loss that backward gives gradients of, in whatever layout."""
+    optimizer.zero_grad(set_to_none=True)
+    targets = draw_parameters(100 + step, parameters[0].dtype)
+    pairs = zip(parameters, targets, strict=True)
+    sum(((p - t.detach().contiguous()) ** 3).sum() for p, t in pairs).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_fused_optimizers_are_the_plain_ones(name, dtype) -> None:
+    recipe = Recipe(1, 0.01, optimizer=name, momentum=0.8, weight_decay=0.02)
+    fused, plain = draw_parameters(0, dtype), draw_parameters(0, dtype)
+    optimizer, reference = recipe.make_optimizer(fused), build_plain(recipe, plain)
+    assert optimizer.param_groups[0]["fused"]
+    for step in range(5):
+        pull(optimizer, fused, step)
+        pull(reference, plain, step)
+    tolerance = 8 * torch.finfo(dtype).eps
+    for one, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_parameters_with_gaps_are_not_fused() -> None:
+    gaps = nn.Parameter(torch.ones(4, 6)[:, ::2])
+    group = Recipe(1, 0.1).make_optimizer([gaps]).param_groups[0]
+    assert (group["fused"], group["foreach"]) == (None, True)
+
+
+@pytest.mark.parametrize("form", ["fused", "plain"])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_an_optimizer_goes_on_from_a_file_to_the_same_bits(name, form) -> None:
+    """Files keep no strides: a momentum comes back contiguous, whatever its parameter is."""
+    recipe = Recipe(1, 0.05, optimizer=name)
+    through, again = draw_parameters(0, torch.float32), draw_parameters(0, torch.float32)
+    optimizer = recipe.make_optimizer(through)
+    first = optimizer if form == "fused" else build_plain(recipe, through)
+    for step in range(2):
+        pull(first, through, step)
+    saved = first.state_dict()
+    saved["state"] = {
+        number: {key: value.clone().contiguous() for key, value in held.items()}
+        for number, held in saved["state"].items()
+    }
+    with torch.no_grad():
+        for one, other in zip(again, through, strict=True):
+            one.copy_(other)
+    if first is not optimizer:
+        restore_optimizer(optimizer, first.state_dict())
+    other = recipe.make_optimizer(again)
+    restore_optimizer(other, saved)
+    for step in range(2, 4):
+        pull(optimizer, through, step)
+        pull(other, again, step)
+    assert all(map(torch.equal, through, again))
 
 
 @pytest.mark.parametrize(

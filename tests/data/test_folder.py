@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcil.data.folder import decode_image, examples_of_folder, load_folder
+from fastcil.data.folder import examples_of_folder, load_folder
 from fastcil.data.listing import list_source
 from fastcil.errors import DataError
+from fastcil.files.decode import decode_image
 
 TREE = {
     "train/dog/b.png": (10, 8, 5),

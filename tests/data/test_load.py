@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fastcil.data.load import load, load_examples
+from fastcil.data.load import load
+from fastcil.data.load_examples import load_examples
 from fastcil.data.places import resolve
 from fastcil.errors import DataError, FastcilError
 

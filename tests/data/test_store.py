@@ -214,3 +214,48 @@ def test_dataset_needs_a_box_for_each_image(store):
     assert dataset.test_boxes is None and dataset.skipped == ()
     with pytest.raises(FastcilError, match="test_boxes has shape"):
         dataclasses.replace(dataset, test_boxes=BOXES[:2])
+
+
+def three(sizes=((4, 6), (5, 3), (2, 2))):
+    generator = np.random.default_rng(1)
+    return ImageStore.from_images(generator.integers(0, 256, (*s, 3), np.uint8) for s in sizes)
+
+
+@pytest.mark.parametrize("index", [[2, 0], [1], [], [0, 0, 2], torch.tensor([True, False, True])])
+def test_a_view_is_the_selection_without_its_bytes(index):
+    store = three()
+    view, copy = store.view(index), store.select(index)
+    assert view.pixels is store.pixels and view.shared and not copy.shared
+    assert len(view) == len(copy) and view.nbytes == copy.nbytes
+    assert torch.equal(view.image_nbytes(), copy.image_nbytes())
+    for name, value in copy.state().items():
+        assert torch.equal(view.state()[name], value), name
+        assert torch.equal(view.compact().state()[name], value), name
+        assert torch.equal(ImageStore.cat([view, store]).state()[name][: len(value)], value[:])
+    assert torch.equal(view.reconstruct().pixels, copy.pixels)
+    assert all(torch.equal(view.image(k), copy.image(k)) for k in range(len(copy)))
+
+
+def test_a_view_moves_its_own_pixels_alone():
+    store, meta = three(), torch.device("meta")
+    moved = store.view([1]).to(meta)
+    assert moved.pixels.numel() == 5 * 3 * 3 and moved.pixels.device == meta and not moved.shared
+    view = store.view([1])
+    assert view.to("cpu") is view and store.to("cpu") is store
+
+
+def test_a_view_of_a_view_and_what_is_packed_from_it():
+    store = three()
+    view = store.view([2, 1, 0]).view([1, 2])
+    boxes = torch.tensor([[0, 0, 2, 2], [1, 1, 3, 4]], dtype=torch.int16)
+    packed, other = view.compress(boxes), store.select([1, 0]).compress(boxes)
+    assert not packed.shared and torch.equal(packed.pixels, other.pixels)
+
+
+def test_a_part_of_what_is_in_memory_lets_the_rest_go():
+    store = three()
+    assert store.part([0]).pixels.numel() == 4 * 6 * 3
+    mapped = ImageStore(store.pixels, store.offsets, store.geometry, True, "a checksum")
+    part = mapped.part([0])
+    assert part.pixels is store.pixels and part.mapped == "a checksum"
+    assert part.compact().mapped is None and mapped.select([0]).mapped is None

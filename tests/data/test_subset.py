@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fastcil.data import cifar
-from fastcil.data.folder import decode_image
-from fastcil.data.load import load, load_examples
+from fastcil.data.load import load
+from fastcil.data.load_examples import load_examples
 from fastcil.data.store import Dataset, Examples, ImageStore
 from fastcil.data.subset import Subset
 from fastcil.errors import DataError, FastcilError
+from fastcil.files.decode import decode_image
 
 CLASSES = 6
 NAMES = [f"kind{k}" for k in range(CLASSES)]
@@ -152,7 +153,7 @@ def test_a_folder_decodes_only_its_part(sources, monkeypatch):
         decoded.append(path)
         return decode_image(data, path)
 
-    monkeypatch.setattr("fastcil.data.folder.decode_image", decode)
+    monkeypatch.setattr("fastcil.data.image_files.decode_image", decode)
     load(sources["folder"], classes="1-2", train_per_class=2, test_per_class=1)
     assert len(decoded) == 6 and all("kind1" in p or "kind2" in p for p in decoded)
 

@@ -56,7 +56,8 @@ def test_a_run_is_the_same_whether_it_tells_or_not(
         (tmp_path / name / "seed-0" / "learner.safetensors").read_bytes()
         for name in ("True", "False")
     )
-    assert len(one) == len(other)
+    # "true" is shorter than "false", and what is before the tensors is filled up to 8 bytes.
+    assert abs(len(one) - len(other)) in (0, 8)
     weights = [
         torch.cat([p.flatten() for p in result.learner.method.network.parameters()])
         for result in (told, silent)
@@ -76,13 +77,13 @@ def test_lines_say_images_memory_and_length(capsys: pytest.CaptureFixture[str]) 
     train("finetune", DATA, "lfs-3", "12 images", preset=PRESET, **SHORT)
     lines = [line for line in capsys.readouterr().err.splitlines() if "task" not in line[:20]]
     nbytes = (120 + 24) * (32 * 32 * 3 + 24)
-    assert lines[0] == (
-        f"cifar100/b0-5: 120 training and 24 test images of 6 classes, {nbytes / 1e3:.1f} kB, "
-        f"{40 * 3096 / 1e3:.1f} kB more for the largest task; memory 12 images, at the end about "
-        f"12 raw images, {12 * 3096 / 1e3:.1f} kB"
+    assert lines[0] == f"scenes: images in host memory: {nbytes / 1e3:.1f} kB"
+    assert lines[1] == (
+        f"cifar100/b0-5: 120 training and 24 test images of 6 classes, {nbytes / 1e3:.1f} kB; "
+        f"memory 12 images, at the end about 12 raw images, {12 * 3096 / 1e3:.1f} kB"
     )
     wanted = r"finetune: (\d+) epochs in 3 tasks, about (\d+) steps and 1 min a seed on cpu with \d"
-    epochs, steps = map(int, re.match(wanted, lines[1]).groups())  # type: ignore[union-attr]
+    epochs, steps = map(int, re.match(wanted, lines[2]).groups())  # type: ignore[union-attr]
     assert steps == 5 * epochs, "40 images a task in batches of 8"
 
 

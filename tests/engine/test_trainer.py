@@ -306,6 +306,7 @@ def test_mean_losses_are_those_of_the_steps() -> None:
             mean = sum(step[name] for step in steps) / 3
             assert fields["losses"][name] == pytest.approx(mean, abs=1e-6)
         assert set(fields["companions"]["side"]) == {"side"}
+        assert 0 < fields["shares"]["side"] < 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e35])

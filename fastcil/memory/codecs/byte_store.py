@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcil.data.store import gather_bytes
+from fastcil.data.gather import gather_bytes
 from fastcil.errors import FastcilError
 
 _ROW_NBYTES = 4 + 4  # a length, and a height and a width

@@ -1,0 +1,194 @@
+"""Where a run's images stay: on the device, in host memory, or in the file they are mapped from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastcil.data import Dataset, Examples, ImageStore
+from fastcil.engine.distributed import speaks
+from fastcil.engine.needs import format_size, say
+from fastcil.engine.plan import Plan
+from fastcil.engine.resolve import pick_device
+from fastcil.errors import FastcilError
+
+Place = Literal["device", "host", "disk"]
+_SHARE = 0.5  # of what is free; the rest is for networks, activations and decoded exemplars
+_HOST = {True: "pinned host memory", False: "host memory"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is and what is to find a place in it.
+
+    Args:
+        nbytes: Of all images.
+        mapped: Whether they are a memory-mapped file's, and not yet in memory.
+        device_free: Bytes free on a CUDA device; None where the run is on another kind.
+        host_free: Bytes of host memory that can be had without swapping, for this process.
+    """
+
+    nbytes: int
+    mapped: bool
+    device_free: int | None
+    host_free: int
+
+
+def choose(wanted: str, room: Room) -> Place:
+    """Where images are to stay.
+
+    ``auto`` is the device if they take no more than half of what is free there; else host memory if
+    they take no more than half of what is free there, from which batches go to a CUDA device;
+    else the file. Without CUDA they stay where they are: of a mapped file the system keeps in
+    memory what is read again and again, as long as there is room, and a batch is read from there as
+    fast as from a copy.
+
+    Args:
+        wanted: The option ``engine.data``.
+        room: What there is.
+
+    Raises:
+        FastcilError: They don't fit where they are wanted, or are not to be had there.
+
+    Example:
+        >>> choose("auto", Room(10 << 30, True, 80 << 30, 64 << 30))
+        'device'
+        >>> choose("auto", Room(70 << 30, True, 80 << 30, 512 << 30))
+        'host'
+        >>> choose("auto", Room(70 << 30, True, 80 << 30, 64 << 30))
+        'disk'
+        >>> choose("auto", Room(70 << 30, True, None, 512 << 30))
+        'disk'
+    """
+    if wanted != "auto":
+        return _asked_for(wanted, room)
+    if room.device_free is not None and room.nbytes <= _SHARE * room.device_free:
+        return "device"
+    if not room.mapped:
+        return "host"
+    fits = room.device_free is not None and room.nbytes <= _SHARE * room.host_free
+    return "host" if fits else "disk"
+
+
+def _asked_for(wanted: str, room: Room) -> Place:
+    """The place that was asked for, if images can be there."""
+    size = format_size(room.nbytes)
+    if wanted == "device":
+        if room.device_free is None:
+            raise FastcilError("engine.data is 'device', and there is no CUDA device; use 'auto'.")
+        if room.nbytes > room.device_free:
+            raise FastcilError(
+                f"engine.data is 'device', but the images take {size} and "
+                f"{format_size(room.device_free)} are free there; use 'auto' or 'host'."
+            )
+        return "device"
+    if wanted == "host":
+        if room.mapped and room.nbytes > room.host_free:
+            raise FastcilError(
+                f"engine.data is 'host', but the images take {size} and "
+                f"{format_size(room.host_free)} of memory are free; use 'auto' or 'disk'."
+            )
+        return "host"
+    if not room.mapped:
+        raise FastcilError(
+            "engine.data is 'disk', but the images are in memory; write them with 'fastcil ingest' "
+            "and pass the folder that it makes, or use 'auto'."
+        )
+    return "disk"
+
+
+def place_images(plans: Sequence[Plan]) -> None:
+    """Puts the images of plans where their options want them, once for all that share them.
+
+    Args:
+        plans: Whose ``dataset`` is replaced; the first one's options decide for those of the same
+            data set.
+
+    Raises:
+        FastcilError: As `choose`.
+    """
+    placed: dict[int, Dataset] = {}
+    for plan in plans:
+        before, engine = plan.dataset, plan.settings.engine
+        if before.train.images.device.type == "cuda" and engine.data in ("auto", "device"):
+            continue
+        if id(before) not in placed:
+            device = pick_device(plan.device)
+            room = look_around(before, device)
+            place = choose(engine.data, room)
+            placed[id(before)] = move(before, place, device)
+            if engine.progress and speaks():
+                say(f"{before.name}: {_line(place, room, device)}")
+        plan.dataset = placed[id(before)]
+
+
+def look_around(dataset: Dataset, device: torch.device) -> Room:
+    """Measures what there is.
+
+    Args:
+        dataset: The images.
+        device: The run's.
+    """
+    parts = (dataset.train.images, dataset.test.images)
+    mapped = any(part.mapped is not None for part in parts)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Room(sum(part.nbytes for part in parts), mapped, free, host_free() // processes)
+
+
+def host_free() -> int:
+    """Bytes of memory that can be had without swapping, by /proc/meminfo.
+
+    Example:
+        >>> host_free() > 0
+        True
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):  # another system than Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def move(dataset: Dataset, place: Place, device: torch.device) -> Dataset:
+    """The same data set with its images in a place.
+
+    Args:
+        dataset: It.
+        place: Where to; ``disk`` leaves them.
+        device: The run's.
+    """
+
+    def moved(examples: Examples) -> Examples:
+        if place == "device":
+            return examples.to(device)
+        return Examples(_in_host_memory(examples.images, device), examples.labels)
+
+    if place == "disk":
+        return dataset
+    return replace(dataset, train=moved(dataset.train), test=moved(dataset.test))
+
+
+def _in_host_memory(images: ImageStore, device: torch.device) -> ImageStore:
+    """Images in memory, in pages that a CUDA device can read where there is one."""
+    pinned = device.type == "cuda"
+    there = images.device.type == "cpu" and images.mapped is None
+    if there and (not pinned or images.pixels.is_pinned()):
+        return images
+    return images.compact(torch.device("cpu"), pinned)
+
+
+def _line(place: Place, room: Room, device: torch.device) -> str:
+    """What is said of a choice."""
+    size = format_size(room.nbytes)
+    if place == "device":
+        assert room.device_free is not None
+        return f"images on {device}: {size} of {format_size(room.device_free)} free"
+    if place == "host":
+        return f"images in {_HOST[room.device_free is not None]}: {size}"
+    return f"images memory-mapped: {size}, with {format_size(room.host_free)} of memory free"

@@ -1,0 +1,1 @@
+"""Files alone: written whole, images decoded. It needs no torch, so that helpers start fast."""

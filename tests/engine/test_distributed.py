@@ -1,0 +1,341 @@
+"""A run of several processes computes what one computes, and can be killed and gone on with."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_worker import work
+from thread_ranks import run_ranks
+
+from fastcil import FastcilError
+from fastcil.cli import main
+from fastcil.contract.registry import METHODS
+from fastcil.engine import distributed, peers
+from fastcil.engine.distributed import ProcessRanks, check_alike, joined, on_first
+from fastcil.engine.groups import EngineOptions
+from fastcil.engine.state import load_state
+from fastcil.nn.ranks import Ranks, working_as
+
+ROOT = Path(__file__).parents[2]
+# Each rank is a process of its own, forked from one that has done nothing but import torch.
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTS = ["fastcil.cli", "fastcil.engine.arguments", "fastcil.engine.run", "torch._dynamo"]
+FEW = ["finetune", "icarl", "foster+cim", "gem", "dlcft", "darkpp"]
+ALL = [
+    *METHODS,
+    "icarl+cam",
+    "icarl+mrdc",
+    "darkpp+cam",
+    "dark+lec",
+    "icarl+mnemonics",
+    "er+samc",
+    "gem+samc",
+    "der+cim",
+    "podnet+cim",
+    "foster+cim",
+    "icarl+aanets",
+    "lucir+aanets",
+]
+# Measured of maps, but trained on by nothing: a cosine's distance from 1, whose root is taken.
+RECORDS = ("analysis", "moved")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+
+
+def place(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process of itself."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in told.items()}
+
+
+def run_worker(folder: Path, size: int, methods: Sequence[str]) -> None:
+    """Trains the methods with so many processes."""
+    FORKS.set_forkserver_preload(IMPORTS)
+    port = free_port()
+    processes = [
+        FORKS.Process(target=work, args=(folder, methods, place(rank, size, port)))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(1500)
+        assert process.exitcode == 0, "what failed it has printed"
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in pairs:
+        if isinstance(part, (dict, list, tuple)):
+            yield from leaves(part, f"{name}.{key}")
+        else:
+            yield f"{name}.{key}", part
+
+
+def check_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """The same memory, byte for byte, and weights within 1e-9."""
+    assert one["steps"] == other["steps"]
+    mine, theirs = dict(leaves(one["parts"])), dict(leaves(other["parts"]))
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        again = theirs[name]
+        if name.startswith(".memory") or not isinstance(value, torch.Tensor):
+            same = torch.equal(value, again) if isinstance(value, torch.Tensor) else value == again
+            assert same, name
+        elif not any(record in name for record in RECORDS):
+            assert value.shape == again.shape, name
+            assert torch.allclose(value, again, rtol=1e-9, atol=1e-9, equal_nan=True), name
+    assert one["tasks"] == other["tasks"]
+
+
+def check_runs(folder: Path, method: str, sizes: Sequence[int]) -> None:
+    alone = load_state(folder / f"{method}-1-0.safetensors")
+    assert alone["steps"] >= 30
+    for size in sizes:
+        together = [load_state(folder / f"{method}-{size}-{r}.safetensors") for r in range(size)]
+        check_same_run(alone, together[0])
+        for (name, first), (_, other) in zip(*map(leaves, together[:2]), strict=True):
+            assert (
+                torch.equal(first, other) if isinstance(first, torch.Tensor) else first == other
+            ), name
+
+
+@pytest.fixture(scope="module")
+def few_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few")
+    for size in (1, 2):
+        run_worker(folder, size, FEW)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def all_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("all")
+    for size in (1, 2, 4):
+        run_worker(folder, size, ALL)
+    return folder
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_two_ranks_learn_what_one_learns(method: str, few_runs: Path) -> None:
+    check_runs(few_runs, method, [2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_learns_the_same_with_one_two_and_four_ranks(method, all_runs) -> None:
+    check_runs(all_runs, method, [2, 4])
+
+
+# Runs that are killed
+
+
+def command(run_dir: Path, **options: Any) -> list[str]:
+    named = {
+        "method": "er",
+        "scenario": "lfs-2",
+        "memory": "24KiB",
+        "data": "scenes:classes=4,size=32,train_per_class=8,test_per_class=2",
+        "network.name": "resnet20",
+        "network.width": 4,
+        # At higher rates rounding errors of single precision grow to any size in these steps.
+        "er.first.lr": 0.001,
+        "er.later.lr": 0.001,
+        "engine.epoch_scale": 0.1,
+        "engine.batch_size": 16,
+        "engine.checkpoint_seconds": 0,
+        "engine.progress": "false",
+        "run_dir": run_dir,
+        **options,
+    }
+    return ["train", *(f"--{name}={value}" for name, value in named.items())]
+
+
+def torchrun(size: int, arguments: list[str]) -> list[str]:
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", "--nnodes=1"]
+    port = f"--master_port={free_port()}"
+    return [sys.executable, *start, port, "-m", "fastcil", *arguments]
+
+
+def rank_process(agent: int, rank: int) -> int:
+    """The process of a rank: the child of torchrun whose environment says so."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    for child in children:
+        if f"LOCAL_RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
+    raise AssertionError(f"no process of rank {rank} among {children}")
+
+
+def kill_a_rank(run_dir: Path, size: int, rank: int) -> str:
+    """Starts so many ranks and kills one once it trains; what torchrun and the others say."""
+    log = run_dir / "seed-0" / "events.jsonl"
+    before = epochs_in(log)
+    agent = subprocess.Popen(
+        torchrun(size, command(run_dir)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while agent.poll() is None and epochs_in(log) < before + 2:
+        time.sleep(0.02)
+    assert agent.poll() is None, agent.communicate()[0]
+    os.kill(rank_process(agent.pid, rank), signal.SIGKILL)
+    said, _ = agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    return said
+
+
+def epochs_in(log: Path) -> int:
+    return log.read_text().count('"event": "epoch"') if log.is_file() else 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    "killed",
+    [[(2, 1)], pytest.param([(2, 0), (3, 2), (4, 1)], marks=pytest.mark.slow)],
+    ids=["once", "again and again"],
+)
+def test_a_rank_that_is_killed_ends_the_run_and_one_goes_on(killed, tmp_path, capfd) -> None:
+    for size, rank in killed:
+        said = kill_a_rank(tmp_path / "run", size, rank)
+        sentences = [line for line in said.splitlines() if line.startswith("fastcil: ")]
+        assert len(sentences) == 1, said
+        assert re.search(rf"rank {rank} \(process \d+\) was lost; start the same", sentences[0])
+        # As an error that nobody caught would be printed.
+        assert "[rank" not in said
+    assert main(command(tmp_path / "run")) == 0
+    log = (tmp_path / "run" / "seed-0" / "events.jsonl").read_text()
+    assert log.count('"event": "resumed"') == len(killed)
+    assert main(command(tmp_path / "whole")) == 0
+    one, two = (
+        load_state(tmp_path / n / "seed-0" / "learner.safetensors") for n in ("run", "whole")
+    )
+    assert one["class_names"] == two["class_names"]
+    for (name, a), (_, b) in zip(leaves(one["parts"]), leaves(two["parts"]), strict=True):
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-3), name
+        elif isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), name
+
+
+# What is refused, and said
+
+
+class Said(Ranks):
+    """Ranks whose texts are given."""
+
+    size = 3
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def texts(self, text: str) -> list[str]:
+        return self._texts
+
+
+def test_ranks_that_differ_are_named() -> None:
+    sums = {"memory": "a", "weights": "b"}
+    with working_as(Said(["a\nb"] * 3)):
+        check_alike(sums, "task 2")
+    with (
+        working_as(Said(["a\nb", "a\nb", "a\nc"])),
+        pytest.raises(FastcilError, match="after task 2 the weights of rank 2 differs from"),
+    ):
+        check_alike(sums, "task 2")
+    with working_as(Said(["a\nb", "c\nb", "d\nb"])), pytest.raises(FastcilError, match="rank 1, 2"):
+        check_alike(sums, "task 2")
+
+
+def test_what_fails_on_the_first_rank_fails_on_all() -> None:
+    def fail() -> None:
+        raise FastcilError("run_dir is '/'; it can't be written.")
+
+    said = Said(["run_dir is '/'; it can't be written.", ""])
+    with working_as(said), pytest.raises(FastcilError, match="can't be written"):
+        on_first(fail)
+
+
+def test_shares_are_as_even_as_can_be_and_in_order() -> None:
+    def shares(ranks: Ranks) -> list[slice]:
+        return [ranks.share(rows) for rows in (0, 2, 3, 8)]
+
+    first, second, third = run_ranks(3, shares)
+    assert [s.stop - s.start for s in first] == [0, 1, 1, 3]
+    assert [s.stop - s.start for s in third] == [0, 0, 1, 2]
+    assert all(a.stop == b.start for a, b in zip(first, second, strict=True))
+
+
+def test_a_function_that_gives_no_row_for_each_image_is_refused() -> None:
+    ranks = ProcessRanks.__new__(ProcessRanks)
+    ranks.rank, ranks.size = 0, 2
+    with pytest.raises(FastcilError, match="of 2 images has 1 rows"):
+        ranks.gather(torch.zeros(1, 3), 4)
+
+
+def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in place(0, 1, 1):
+        monkeypatch.delenv(name, raising=False)
+    with joined("cpu", 1.0) as ranks:
+        assert ranks.size == 1 and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("command", ["compare", "pretrain", "evaluate"])
+def test_commands_of_one_process_are_refused(command, monkeypatch, capsys) -> None:
+    for name, value in place(0, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(peers, "say_once", lambda _: True)
+    assert main([command]) == 2
+    assert f"{command} runs in one process, and torchrun started 2" in capsys.readouterr().err
+
+
+def test_options_that_several_can_not_have_are_refused(monkeypatch) -> None:
+    with pytest.raises(FastcilError, match=r"engine.compile is True, and torchrun started 2"):
+        distributed.check_divisible(EngineOptions(compile=True), 2)
+    for name, value in place(0, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(FastcilError, match="device is 'cuda:1', but 2 processes"),
+        joined("cuda:1", 1.0),
+    ):
+        pass
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(FastcilError, match="3 processes on a machine with 2 GPUs"):
+        distributed._take_device("auto", 2, 3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_process_that_nobody_has_waited_for_yet_has_ended() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    end = time.monotonic() + 20
+    while not peers.has_ended(child.pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert peers.has_ended(child.pid)
+    child.wait()
+    assert peers.has_ended(child.pid) and not peers.has_ended(os.getpid())

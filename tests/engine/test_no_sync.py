@@ -1,0 +1,192 @@
+"""No step of any method or addon waits for the device; `DeviceWatch` says how that is seen here.
+
+What runs is what `test_compositions` runs. Every method is looked at alone and every addon on a
+method with one extractor, two of them on methods with several; the other compositions, which run
+the same code, are marked as slow. On a CUDA device torch itself raises where a step would wait.
+
+Exempt by name, for the reason given, is nothing but what `EXEMPT` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbones import ConvNet
+from compositions import ALONE, COMPOSED, DATA, OPTIONS, OWN
+from device_watch import DEVICE, DeviceWatch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastcil
+from fastcil.engine.trainer import Trainer
+from fastcil.ops import send
+
+# Where a wait can't be helped: words of its place -> why. Insertion into codecs whose images have
+# sizes of their own happens between stages, so that not even that is here.
+EXEMPT: dict[str, str] = {}
+
+PER_CLASS = 4
+QUICK = {*ALONE, *[(m, a) for m, a in COMPOSED if m == "er"], ("der", "cim"), ("foster", "cam")}
+
+
+def learn_two_tasks(
+    composition: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    in_step: Callable[[], Any],
+    **options: Any,
+) -> None:
+    """Learns two tasks of two classes; each step runs inside of what ``in_step`` gives."""
+    method = composition.partition("+")[0]
+    options = {**OPTIONS, **OWN.get(method, {}), **options}
+    del options["engine.checkpoint_seconds"]
+    learner = fastcil.Learner(
+        composition, memory="8 images", device=device, backbone=ConvNet, **options
+    )
+    step = Trainer._run_step
+
+    def watched(trainer: Trainer, *args: Any) -> int:
+        with in_step():
+            return step(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "_run_step", watched)
+    images, labels = DATA[0]
+    for classes in ((0, 1), (2, 3)):
+        learner.learn({str(k): images[np.equal(labels, k)][:PER_CLASS] for k in classes})
+
+
+CASES = [
+    pytest.param("+".join(filter(None, pair)), marks=[] if pair in QUICK else [pytest.mark.slow])
+    for pair in [*ALONE, *COMPOSED]
+]
+
+
+def waits_of(composition: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
+    """What waits for the make-believe device."""
+    watch, steps = DeviceWatch(), []
+
+    @contextmanager
+    def in_step() -> Iterator[None]:
+        steps.append(1)
+        with watch.counting():
+            yield
+
+    with watch.running():
+        learn_two_tasks(composition, str(DEVICE), monkeypatch, in_step, **options)
+    assert len(steps) >= 2
+    return [wait for wait in watch.waits if not any(place in wait[1] for place in EXEMPT)]
+
+
+@pytest.mark.parametrize("composition", CASES)
+def test_no_step_waits_for_the_device(composition: str, monkeypatch) -> None:
+    assert waits_of(composition, monkeypatch) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("composition", CASES)
+def test_no_step_waits_for_a_cuda_device(composition: str, monkeypatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+    @contextmanager
+    def in_step() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    learn_two_tasks(composition, "cuda", monkeypatch, in_step)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cim.optimisation": "joint"},
+        {"cim.foreground_ratio": 2.0, "cim.compress_all": True},
+        {"augment.policy": "cifar", "augment.cutout": 2, "engine.precision": "bf16"},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_no_step_waits_with_other_settings(options: dict[str, Any], monkeypatch) -> None:
+    assert waits_of("foster+cim", monkeypatch, **options) == []
+
+
+WAITS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "int": lambda x: int(x[0]),
+    "float": lambda x: float(x[0]),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu"),
+    "to the device": lambda x: torch.ones(2).to(x.device),
+    "tensor": lambda x: torch.tensor([1.0], device=x.device),
+    "new_tensor": lambda x: x.new_tensor([1.0]),
+    "mask": lambda x: x[x > 1],
+    "masked_select": lambda x: x.masked_select(x > 1),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 1),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "bincount": lambda x: x.long().bincount(),
+    "equal": lambda x: torch.equal(x, x + 0),
+    "allclose": lambda x: torch.allclose(x, x + 0),
+    "select": lambda x: x[x.long()[0]],
+    "range": lambda x: range(x.long()[1]),
+    "host index": lambda x: x[torch.tensor([0])],
+    "set": lambda x: x.__setitem__(torch.ones_like(x).long(), 0.0),
+    "mixed": lambda x: x + torch.ones(3),
+    "copy_": lambda x: x.copy_(torch.ones(3)),
+    "one_hot": lambda x: F.one_hot(x.long()),
+}
+GOES_ON: dict[str, Callable[[Tensor], Any]] = {
+    "host": lambda x: torch.arange(3).tolist(),
+    "number": lambda x: torch.where(x > 1, x, 0.0) * torch.tensor(2.0),
+    "non_blocking": lambda x: torch.ones(3).to(x.device, non_blocking=True) + x,
+    "made there": lambda x: torch.arange(3, device=x.device) + x,
+    "one_hot": lambda x: F.one_hot(x.long(), 4),
+    "mask": lambda x: x.__setitem__(x > 1, 0.0),
+    "slice": lambda x: x.__setitem__(slice(1), 0.0),
+    "index": lambda x: x[x.argsort()],
+    "send": lambda x: send((torch.ones(3), torch.arange(3)), x.device)[0] + x,
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long(), output_size=3),
+}
+
+
+@pytest.mark.parametrize("name", [*WAITS, *(f"not {name}" for name in GOES_ON)])
+def test_a_wait_is_told_from_none(name: str) -> None:
+    watch, good = DeviceWatch(), name.removeprefix("not ")
+    with watch.running():
+        x = torch.arange(3.0).to(DEVICE)
+        y = (x * 1).requires_grad_()
+        assert (y.device, torch.arange(3).device) == (DEVICE, torch.device("cpu"))
+        (GOES_ON if good != name else WAITS)[good](x)
+        assert not watch.waits, "nothing counts outside of a step"
+        with watch.counting():
+            (GOES_ON if good != name else WAITS)[good](y.detach())
+    assert bool(watch.waits) == (good == name), watch.waits
+
+
+def test_a_wait_in_a_backward_pass_is_seen() -> None:
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient if gradient.sum() > 0 else -gradient
+
+    watch = DeviceWatch()
+    with watch.running():
+        x = torch.ones(2).to(DEVICE).requires_grad_()
+        with watch.counting():
+            Looks.apply(x).sum().backward()
+    assert [reason for reason, _ in watch.waits] == ["aten::_local_scalar_dense reads a scalar"]

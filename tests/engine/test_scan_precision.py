@@ -1,0 +1,51 @@
+"""Scans compute in what engine.scan_precision says, and answer in float32 all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backbones import ConvNet
+
+from fastcil.data import Augmentation, Examples, ImageStore
+from fastcil.engine.context import EngineContext
+from fastcil.engine.learner import Learner
+from fastcil.engine.options import make_settings
+from fastcil.errors import FastcilError
+
+STORE = ImageStore.from_batch(torch.arange(6 * 8 * 8 * 3).view(6, 8, 8, 3).to(torch.uint8))
+EXAMPLES = Examples(STORE, torch.arange(6))
+
+
+@pytest.mark.parametrize("scanned", [None, torch.bfloat16])
+def test_a_scan_s_function_is_under_autocast(scanned):
+    context = EngineContext(
+        ConvNet, Augmentation.cifar(size=8), torch.device("cpu"), 4, scanned=scanned
+    )
+    torch.manual_seed(0)
+    backbone, seen = context.make_backbone().eval(), []
+
+    def features(images):
+        maps = backbone(images)
+        seen.append(maps.dtype)
+        return maps
+
+    found = context.scan(features, EXAMPLES)
+    assert set(seen) == {scanned or torch.float32} and found.dtype == torch.float32
+    plain = EngineContext(ConvNet, context.augmentation, context.device, 4)
+    torch.testing.assert_close(found, plain.scan(backbone, EXAMPLES), rtol=0.05, atol=0.05)
+
+
+def test_labels_and_hits_stay_what_they_are():
+    context = EngineContext(
+        ConvNet, Augmentation.cifar(size=8), torch.device("cpu"), scanned=torch.bfloat16
+    )
+    labels, hits = context.scan_labelled(lambda x, y, size: (y, y > 2), EXAMPLES)
+    assert labels.dtype == torch.int64 and hits.dtype == torch.bool
+
+
+def test_the_option_reaches_the_scan():
+    learner = Learner("finetune", "none", backbone=ConvNet, **{"engine.scan_precision": "bf16"})
+    learner.prepare(STORE)
+    assert learner.parts.context.scanned == torch.bfloat16
+    with pytest.raises(FastcilError, match=r"engine\.scan_precision"):
+        make_settings("finetune", {"engine.scan_precision": "fp8"})

@@ -1,0 +1,121 @@
+"""One rank, a process of its own, that trains some methods in float64 and saves what it holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from backbones import ConvNet
+
+from fastcil import train
+from fastcil.contract import Batch
+from fastcil.data import read_batch
+from fastcil.engine import context, loader
+from fastcil.engine.distributed import joined
+from fastcil.engine.loader import Loader
+from fastcil.engine.state import save_state
+from fastcil.nn import CompletionAutoencoder
+
+# Batches and shares that don't come out even.
+OPTIONS = {
+    "engine.epoch_scale": 0.04,
+    "engine.batch_size": 13,
+    "engine.progress": False,
+    "engine.threads": 1,
+    "augment.size": 12,
+}
+# Refreshes of boxes, warm-ups and milestones all fall within the few epochs there are; rates that
+# keep a network of six channels from chaos.
+SHORT = {
+    "cam.refresh": 1,
+    "cim.refresh": 1,
+    "aanets.gradients": "summed",
+    "cim.steps_per_class": 1.0,
+    "der.representation.warmup": 100,
+    "ebm.first.epochs": 170,
+    "ebm.later.epochs": 170,
+    "eec.width": 4,
+    "lecnet.later.epochs": 200,
+    "lecnet.analyse": True,
+    "mer.first.epochs": 170,
+    "mer.later.epochs": 170,
+    "samc.first.batch_size": 3,
+    "samc.later.batch_size": 3,
+    "samc.analyse": True,
+}
+# Of methods whose recipes are short, for thirty steps at least.
+SCALES = {"dlcft": 0.3, "dark": 0.13, "darkpp": 0.13, "eeil": 0.12, "icarl": 0.09, "ncm": 0.09}
+SCALES |= {"topic": 0.06, "lecnet": 0.05}
+# GEM's exemplars are fewer than four ranks.
+MEMORY = {"gem": "3 images", "mer": "8 images"}
+
+
+class DoubleNet(ConvNet):
+    """Takes what some addons read in single precision too."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.double())
+
+    def levels(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return super().levels(images.double())
+
+
+def draw(per_class: int, seed: int) -> tuple[np.ndarray, list[int]]:
+    rng = np.random.default_rng(seed)
+    labels = [label for label in range(5) for _ in range(per_class)]
+    return rng.integers(0, 256, (len(labels), 16, 18, 3), np.uint8), labels
+
+
+def read_double(*arguments: Any, **named: Any) -> torch.Tensor:
+    return read_batch(*arguments, **named).double()
+
+
+STEPS: list[int] = []
+BATCHES, COMPLETE = Loader.batches, CompletionAutoencoder.forward
+
+
+def count_steps(loaders: Loader, *step: int) -> list[Batch]:
+    STEPS.append(1)
+    return BATCHES(loaders, *step)
+
+
+def complete_double(autoencoder: CompletionAutoencoder, images: torch.Tensor) -> torch.Tensor:
+    return COMPLETE(autoencoder, images.double())
+
+
+def learn(method: str) -> dict[str, Any]:
+    """What a learner holds after two tasks, and after how many steps."""
+    STEPS.clear()
+    parts = method.split("+")
+    short = {k: v for k, v in SHORT.items() if k.partition(".")[0] in parts}
+    memory = MEMORY.get(method, "6 images")
+    data = draw(11, 0), draw(2, 1)
+    scale = {"engine.epoch_scale": SCALES.get(parts[0], OPTIONS["engine.epoch_scale"])}
+    backbone = DoubleNet if {"mnemonics", "samc"} & set(parts) else ConvNet
+    result = train(
+        method, data, "b3-inc2", memory, backbone=backbone, **{**OPTIONS, **short, **scale}
+    )
+    tasks = [[task.correct, task.exemplars] for task in result.outcomes[0].tasks]
+    return {"parts": result.learner.state()["parts"], "tasks": tasks, "steps": len(STEPS)}
+
+
+def work(folder: Path, methods: Sequence[str], place: Mapping[str, str]) -> None:
+    """Trains the methods as one of the ranks.
+
+    Args:
+        folder: Gets ``METHOD-SIZE-RANK.safetensors``.
+        methods: Compositions.
+        place: What torchrun would tell this process of itself, in the environment.
+    """
+    os.environ.update(place)
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    loader.read_batch = context.read_batch = read_double
+    Loader.batches, CompletionAutoencoder.forward = count_steps, complete_double
+    with joined("cpu", 60.0) as ranks:
+        for method in methods:
+            save_state(folder / f"{method}-{ranks.size}-{ranks.rank}.safetensors", learn(method))
