@@ -141,7 +141,7 @@ def test_the_kernels_build_for_each_instruction_set(march: str, tmp_path: Path) 
         text=True,
     )
     assert built.returncode == 0, built.stderr[-2000:]
-    assert "warning" not in built.stderr, "on every user's screen"
+    assert " warning: " not in built.stdout + built.stderr, "on every user's screen"
     (library,) = (tmp_path / "built").glob("**/_C*.so")
     # RTLD_NOW resolves every symbol; registering the ops runs in a process that has none yet.
     load = "import ctypes, os, sys, torch; torch.library.Library('fastcil', 'DEF')"

@@ -42,6 +42,7 @@ def test_positions_are_those_of_the_layers_output(layer, positions):
     assert layer.positions == positions == layer.module()(layer.batch()[:1])[0, 0].numel()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="what is resident is read as Linux tells it")
 def test_what_the_naive_way_needs_are_its_patches_twice(monkeypatch):
     """Copied out, and once more to be transposed."""

@@ -149,7 +149,8 @@ def gate(launches, assemble_all):
 
 
 def marked(dtype, architecture):
-    slow = architecture == 80 and dtype != torch.bfloat16
+    # Half precision's code is bfloat16's but for its conversions.
+    slow = dtype == torch.float16 or (architecture == 80 and dtype != torch.bfloat16)
     return pytest.param(dtype, architecture, marks=[pytest.mark.slow] if slow else [])
 
 
