@@ -10,11 +10,10 @@ from typing import Any
 
 from step_case import Work, peak_of, shorten, synchronise
 
-from fastcil.contract import Stage, Task
+from fastcil.contract import Stage
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.parts import Parts
 from fastcil.engine.resolve import natural_look, pick_device
-from fastcil.engine.scenario import pick
 
 METHODS = ("finetune", "icarl", "foster", "der")
 WARM = 2
@@ -91,23 +90,15 @@ def grow(method: str, work: Work, device: str, steps: int, tasks: int = 20) -> l
     plan = work.plan(method, device)
     look = natural_look(plan.dataset.train.images, plan.settings.groups["augment"])
     parts = Parts.build(plan.settings, plan.budget, pick_device(device), *look, plan.backbone)
-    order, points, known = plan.scenario.order, [], 0
-    for number, arrival in enumerate(plan.scenario.arrivals[:tasks]):
-        task = Task(
-            index=number,
-            classes=tuple(sorted(map(order.index, arrival.classes))),
-            known=known,
-            examples=pick(plan.dataset.train, arrival, order),
-            exemplars=parts.memory.examples(),
-            name=f"task {number + 1}",
-        )
+    points = []
+    for number in range(min(tasks, len(plan.scenario.arrivals))):
+        task = plan.scenario.task(number, plan.dataset.train, parts.memory.examples())
         lesson = _Lesson(parts, plan.settings, 0, lambda *_: None, steps=steps)
         lesson.run(task)
         held = sum(p.numel() for p in parts.method.parameters())
         parts.method.release()
         ms = statistics.median(lesson.taken[WARM:]) * 1e3
         points.append(Point(round(ms, 2), lesson.peak, lesson.trained, held))
-        known = task.total
     return points
 
 

@@ -20,7 +20,6 @@ from fastcil.engine.parts import Parts
 from fastcil.engine.phases import PhaseClock
 from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.resolve import natural_look, pick_device
-from fastcil.engine.scenario import pick
 from fastcil.engine.trainer import Trainer
 
 # Precision, and whether objectives are compiled; networks and batches are channels_last in all.
@@ -156,18 +155,8 @@ class Run:
 
     def _task(self, number: int) -> Task:
         """A task of the run, whole."""
-        scenario = self.plan.scenario
-        order, arrival = scenario.order, scenario.arrivals[number]
-        known = len({c for past in scenario.arrivals[:number] for c in past.classes})
-        return Task(
-            index=number,
-            classes=tuple(sorted(map(order.index, arrival.classes))),
-            known=known,
-            examples=pick(self.plan.dataset.train, arrival, order),
-            exemplars=self.parts.memory.examples(),
-            name=f"task {number + 1}",
-            online=scenario.online,
-        )
+        train, exemplars = self.plan.dataset.train, self.parts.memory.examples()
+        return self.plan.scenario.task(number, train, exemplars)
 
     def epoch(self, steps: int, mode: str = "fp32") -> Epoch:
         """An epoch of so many steps of the main stage, and of its companions in proportion."""

@@ -25,6 +25,22 @@ REFUSED: dict[tuple[str, str], str] = {
     ("dlcft", "cim"): "nn.ReLU",
 }
 ALONE = [(method, None) for method in METHODS]
+# Every method, and every addon on one or two that it asks most of.
+SAMPLE = [
+    *METHODS,
+    "icarl+cam",
+    "icarl+mrdc",
+    "darkpp+cam",
+    "dark+lec",
+    "icarl+mnemonics",
+    "er+samc",
+    "gem+samc",
+    "der+cim",
+    "podnet+cim",
+    "icarl+aanets",
+    "lucir+aanets",
+    "foster+cim",
+]
 COMPOSED = [(m, a) for m in METHODS for a in ADDONS if (m, a) not in REFUSED]
 OPTIONS = {
     "engine.epoch_scale": 0.005,

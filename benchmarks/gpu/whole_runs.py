@@ -23,7 +23,6 @@ import step_sections
 from kept import arguments, keep
 from step_case import peak_of, synchronise
 
-from fastcil.contract import Task
 from fastcil.engine.evaluate import count_correct
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.parts import Parts
@@ -53,15 +52,9 @@ def run(method: str, given: Namespace) -> list[dict[str, Any]]:
     settings = replace(plan.settings, groups={**plan.settings.groups, "engine": engine})
     look = natural_look(plan.dataset.train.images, settings.groups["augment"])
     parts = Parts.build(settings, plan.budget, pick_device(given.device), *look, plan.backbone)
-    order, rows, known = plan.scenario.order, [], 0
-    for number, arrival in enumerate(plan.scenario.arrivals[:2]):
-        task = Task(
-            index=number,
-            classes=tuple(sorted(map(order.index, arrival.classes))),
-            known=known,
-            examples=pick(plan.dataset.train, arrival, order),
-            exemplars=parts.memory.examples(),
-        )
+    order, rows = plan.scenario.order, []
+    for number in range(2):
+        task = plan.scenario.task(number, plan.dataset.train, parts.memory.examples())
         known = task.total
         lesson = _Short(parts, settings, 0, lambda *_: None, epochs=given.epochs)
         test = pick(plan.dataset.test, Arrival(order[:known]), order)

@@ -8,12 +8,11 @@ lacks; nothing else is decoded again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +25,11 @@ from fastcil.data.ingest_work import JOURNAL, Decoders, Journal
 from fastcil.data.mapped import PIXELS, is_mapped, read_manifest, write_rest
 from fastcil.data.store import Dataset, Examples
 from fastcil.errors import DataError
+from fastcil.files.lock import LOCK, locked
 
 CHUNK_NBYTES = 1 << 25
 _ROW_NBYTES = 64  # of an image in the other files, at most about
 _EVERY = 30.0  # seconds from one line of progress to the next
-_LOCK = "lock"
 
 
 def ingest(
@@ -90,7 +89,7 @@ def ingest(
         tell(f"{out}: complete already")
         return out
     folder = out.with_name(f".{out.name}.ingest")
-    with _held(folder):
+    with locked(folder, "out", "give another folder"):
         plan = _plan(source, folder, short_side, skip_bad, chunk_nbytes, tell)
         journal = Journal.open(folder / JOURNAL)
         count = workers or os.cpu_count() or 1
@@ -119,24 +118,6 @@ def _is_finished(source: str, out: Path, short_side: int | None) -> bool:
 def _place(source: str) -> str:
     """A source's name, the same from wherever it is given."""
     return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Makes a folder and holds it for this process, as long as it lives."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / _LOCK, "wb")  # noqa: SIM115
-    except OSError as error:
-        raise DataError(f"'{folder}' can't be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"'{folder}' is in use by another process, which writes the same; wait for it"
-            ) from error
-        yield
 
 
 def _plan(
@@ -316,6 +297,6 @@ def _sync(folder: Path) -> None:
 
 def _tidy(out: Path) -> None:
     """Removes what only the ingest needed."""
-    for name in (PLAN, SIZES, JOURNAL, _LOCK):
+    for name in (PLAN, SIZES, JOURNAL, LOCK):
         with suppress(OSError):
             (out / name).unlink(missing_ok=True)

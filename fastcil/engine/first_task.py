@@ -25,7 +25,7 @@ from fastcil.engine.parts import Parts
 from fastcil.engine.plan import IDENTITY, Plan
 from fastcil.engine.rehearsal import few
 from fastcil.engine.resolve import natural_look, pick_device
-from fastcil.engine.scenario import Arrival, pick
+from fastcil.engine.scenario import Arrival
 from fastcil.engine.seeds import generator
 from fastcil.engine.state import load_state, random_state, save_state, set_random_state
 from fastcil.errors import CompositionError, FastcilError
@@ -193,20 +193,12 @@ def _try(plan: Plan) -> _Trial:
     before = random_state()
     engine = replace(plan.settings.engine, compile=False, progress=False, batch_size=_BATCH)
     settings = replace(plan.settings, groups={**plan.settings.groups, "engine": engine})
-    train, order, arrival = plan.dataset.train, plan.scenario.order, plan.scenario.arrivals[0]
+    train, arrival = plan.dataset.train, plan.scenario.arrivals[0]
     look = natural_look(train.images, settings.groups["augment"])
     device = pick_device(plan.device)
     parts = Parts.build(settings, plan.budget, device, *look, plan.backbone)
     shown = Arrival(arrival.classes, few(train, arrival, _PER_CLASS))
-    task = Task(
-        index=0,
-        classes=tuple(sorted(map(order.index, arrival.classes))),
-        known=0,
-        examples=pick(train, shown, order),
-        exemplars=parts.memory.examples(),
-        name="task 1",
-        online=plan.scenario.online,
-    )
+    task = plan.scenario.task(0, train, parts.memory.examples(), shown)
     try:
         return _TrialLesson(parts, settings, plan.seeds[0], lambda *_: None).attempt(task)
     finally:

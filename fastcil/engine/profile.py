@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from fastcil.contract import Stage, Task
+from fastcil.contract import Stage
 from fastcil.engine.environment import environment
 from fastcil.engine.evaluate import count_correct
 from fastcil.engine.lesson import Lesson
@@ -139,18 +139,7 @@ class _Profiler:
         """One task learned and evaluated."""
         plan, parts = self.plan, self.parts
         order = plan.scenario.order
-        arrival = plan.scenario.arrivals[number]
-        known = len({c for past in plan.scenario.arrivals[:number] for c in past.classes})
-        task = Task(
-            index=number,
-            classes=tuple(sorted(map(order.index, arrival.classes))),
-            known=known,
-            examples=pick(plan.dataset.train, arrival, order),
-            exemplars=parts.memory.examples(),
-            name=f"task {number + 1}",
-            online=plan.scenario.online,
-            few_shot=plan.scenario.few_shot and number > 0,
-        )
+        task = plan.scenario.task(number, plan.dataset.train, parts.memory.examples())
         watch = _Watch(self.steps, clock, number, self.folder)
         _Short(parts, self.settings, plan.seeds[0], watch, watch=watch).run(task)
         test = pick(plan.dataset.test, Arrival(order[: task.total]), order)

@@ -19,7 +19,7 @@ from fastcil.engine.online import leading, taken
 from fastcil.engine.parts import Parts
 from fastcil.engine.plan import Plan
 from fastcil.engine.resolve import natural_look, pick_device
-from fastcil.engine.scenario import Arrival, pick, positions
+from fastcil.engine.scenario import Arrival, positions
 from fastcil.engine.state import random_state, set_random_state
 from fastcil.memory import Budget
 
@@ -212,24 +212,13 @@ class _Rehearsal(Lesson):
 
 def _task(plan: Plan, parts: Parts, number: int) -> Task:
     """A task of the run with a few of its images, labelled in learning order."""
-    arrivals, order = plan.scenario.arrivals, plan.scenario.order
-    known = len({c for arrival in arrivals[:number] for c in arrival.classes})
+    arrival = plan.scenario.arrivals[number]
     small = parts.augmentation.size <= _SMALL
     wanted = 256 if parts.device.type == "cuda" else 128 if small else 32
     wanted = min(wanted, plan.settings.engine.batch_size or wanted)
-    per_class = max(_KEPT + 1, -(-wanted // len(arrivals[number].classes)))
-    arrival = arrivals[number]
+    per_class = max(_KEPT + 1, -(-wanted // len(arrival.classes)))
     first = Arrival(arrival.classes, few(plan.dataset.train, arrival, per_class))
-    return Task(
-        index=number,
-        classes=tuple(sorted(map(order.index, arrival.classes))),
-        known=known,
-        examples=pick(plan.dataset.train, first, order),
-        exemplars=parts.memory.examples(),
-        name=f"rehearsal {number + 1}",
-        online=plan.scenario.online,
-        few_shot=plan.scenario.few_shot and number > 0,
-    )
+    return plan.scenario.task(number, plan.dataset.train, parts.memory.examples(), first)
 
 
 def few(examples: Examples, arrival: Arrival, per_class: int) -> Tensor:

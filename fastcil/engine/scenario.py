@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcil.contract import Task
 from fastcil.data import Dataset, Examples
 from fastcil.engine.few_shot import (
     LISTED,
@@ -71,6 +72,30 @@ class Scenario:
     def order(self) -> tuple[int, ...]:
         """The data set's labels in learning order."""
         return tuple(dict.fromkeys(c for arrival in self.arrivals for c in arrival.classes))
+
+    def task(
+        self, number: int, train: Examples, exemplars: Examples, arrival: Arrival | None = None
+    ) -> Task:
+        """A task of the stream, with labels in learning order.
+
+        Args:
+            number: Its place, from 0.
+            train: All training images.
+            exemplars: What memory holds.
+            arrival: The task's classes with other images than all of them; None: as they arrive.
+        """
+        order, arrival = self.order, arrival or self.arrivals[number]
+        place = {label: k for k, label in enumerate(order)}
+        return Task(
+            index=number,
+            classes=tuple(sorted(place[c] for c in arrival.classes)),
+            known=len({c for past in self.arrivals[:number] for c in past.classes}),
+            examples=pick(train, arrival, order),
+            exemplars=exemplars,
+            name=f"task {number + 1}",
+            online=self.online,
+            few_shot=self.few_shot and number > 0,
+        )
 
 
 def class_order(classes: int, seed: int | None) -> list[int]:

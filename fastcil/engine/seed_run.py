@@ -165,22 +165,10 @@ class SeedRun:
         assert self.learner is not None
         plan, learner = self.plan, self.learner
         order, (arrival, _) = plan.scenario.order, self._arrived(number)
-        examples = pick(plan.dataset.train, arrival, order)
         # All images say how they are cut, not those that happen to come first.
         learner.prepare(plan.dataset.train.images)
-        place = {label: k for k, label in enumerate(order)}
-        known = len(learner.class_names)
-        classes = sorted(place[c] for c in arrival.classes)
-        task = Task(
-            index=number,
-            classes=tuple(classes),
-            known=known,
-            examples=examples,
-            exemplars=learner.memory.examples(),
-            name=f"task {number + 1}",
-            online=plan.scenario.online,
-            few_shot=plan.scenario.few_shot and number > 0,
-        )
+        exemplars = learner.memory.examples()
+        task = plan.scenario.task(number, plan.dataset.train, exemplars, arrival)
         return task, [plan.dataset.class_names[order[k]] for k in task.new_classes]
 
     def _look_ahead(self, task: Task) -> None:

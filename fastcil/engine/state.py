@@ -6,11 +6,8 @@ memory; its header carries the JSON.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from fastcil.contract.files import write_atomically as write_atomically
 from fastcil.errors import FastcilError
+from fastcil.files.lock import locked as locked
 from fastcil.nn.ranks import current
 
 _TENSOR = "__tensor__"
@@ -59,33 +57,6 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value.keys() == {_ITEMS}:
         return {k: _unflatten(v, tensors) for k, v in value[_ITEMS]}
     return {k: _unflatten(v, tensors) for k, v in value.items()}
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process, as long as it lives: two would write each other's files.
-
-    Raises:
-        FastcilError: Another process holds it, or nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "wb")  # noqa: SIM115
-    except OSError as error:
-        raise FastcilError(f"'{folder}' can't be written: {error.strerror or error}.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FastcilError(
-                f"run_dir's '{folder}' is in use by another process; wait for it, or use another "
-                f"directory."
-            ) from error
-        try:
-            yield
-        finally:
-            # Whoever comes now finds the run finished, or a file of this name to hold anew.
-            (folder / ".lock").unlink(missing_ok=True)
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

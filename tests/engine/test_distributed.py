@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from compositions import SAMPLE
 from ranks_worker import work
 from thread_ranks import run_ranks
 
 from fastcil import FastcilError
 from fastcil.cli import main
-from fastcil.contract.registry import METHODS
 from fastcil.engine import distributed, peers
 from fastcil.engine.distributed import ProcessRanks, check_alike, joined, on_first
 from fastcil.engine.groups import EngineOptions
@@ -33,21 +33,6 @@ ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTS = ["fastcil.cli", "fastcil.engine.arguments", "fastcil.engine.run", "torch._dynamo"]
 FEW = ["finetune", "icarl", "foster+cim", "gem", "dlcft", "darkpp"]
-ALL = [
-    *METHODS,
-    "icarl+cam",
-    "icarl+mrdc",
-    "darkpp+cam",
-    "dark+lec",
-    "icarl+mnemonics",
-    "er+samc",
-    "gem+samc",
-    "der+cim",
-    "podnet+cim",
-    "foster+cim",
-    "icarl+aanets",
-    "lucir+aanets",
-]
 # Measured of maps, but trained on by nothing: a cosine's distance from 1, whose root is taken.
 RECORDS = ("analysis", "moved")
 
@@ -134,7 +119,7 @@ def few_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def all_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("all")
     for size in (1, 2, 4):
-        run_worker(folder, size, ALL)
+        run_worker(folder, size, SAMPLE)
     return folder
 
 
@@ -144,7 +129,7 @@ def test_two_ranks_learn_what_one_learns(method: str, few_runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", SAMPLE)
 def test_every_method_learns_the_same_with_one_two_and_four_ranks(method, all_runs) -> None:
     check_runs(all_runs, method, [2, 4])
 

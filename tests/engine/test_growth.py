@@ -13,12 +13,10 @@ import torch
 from backbones import ConvNet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcil.contract import Task
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.parts import Parts
 from fastcil.engine.plan import make_plan
 from fastcil.engine.resolve import natural_look, pick_device
-from fastcil.engine.scenario import pick
 
 TASKS = 5
 DATA = f"scenes:classes={2 * TASKS},size=32,train_per_class=6,test_per_class=1"
@@ -70,15 +68,9 @@ def count(method):
     plan = make_plan(method, *stream, None, (0,), "cpu", ConvNet, OPTIONS)
     look = natural_look(plan.dataset.train.images, plan.settings.groups["augment"])
     parts = Parts.build(plan.settings, plan.budget, pick_device("cpu"), *look, ConvNet)
-    order, found = plan.scenario.order, []
-    for number, arrival in enumerate(plan.scenario.arrivals):
-        task = Task(
-            index=number,
-            classes=tuple(sorted(map(order.index, arrival.classes))),
-            known=2 * number,
-            examples=pick(plan.dataset.train, arrival, order),
-            exemplars=parts.memory.examples(),
-        )
+    found = []
+    for number in range(TASKS):
+        task = plan.scenario.task(number, plan.dataset.train, parts.memory.examples())
         lesson = Counting(parts, plan.settings, 0, lambda *_: None)
         lesson.run(task)
         parts.method.release()

@@ -8,29 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from backbones import ConvNet
+from compositions import SAMPLE
 
 from fastcil import FastcilError, Learner, train
-from fastcil.contract.registry import METHODS
 from fastcil.engine.result import Result
 from fastcil.engine.seed_run import SeedRun
 from fastcil.engine.state import load_state
 from fastcil.engine.trainer import Trainer
 
-COMPOSITIONS = [
-    *METHODS,
-    "icarl+cam",
-    "icarl+mrdc",
-    "darkpp+cam",
-    "dark+lec",
-    "icarl+mnemonics",
-    "er+samc",
-    "gem+samc",
-    "der+cim",
-    "podnet+cim",
-    "icarl+aanets",
-    "lucir+aanets",
-    "foster+cim",
-]
 OPTIONS = {
     "engine.epoch_scale": 0.01,
     "engine.batch_size": 12,
@@ -94,7 +79,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Interruptions:
     return Interruptions(monkeypatch)
 
 
-@pytest.mark.parametrize("method", COMPOSITIONS)
+@pytest.mark.parametrize("method", SAMPLE)
 def test_stopped_again_and_again_ends_in_the_same_bits(
     method, interruptions, tmp_path: Path, assert_same
 ) -> None:
