@@ -1,8 +1,8 @@
-"""Keeps the figures of finished comparisons and of published runs, and writes them into the README.
+"""Keeps the figures of finished comparisons and of published runs, and writes their tables.
 
 python benchmarks/reproduction.py keep caltech101 runs/caltech101   # -> reproduction/*.json
 python benchmarks/reproduction.py keep-preset RUN_DIR               # -> reproduction/presets/*.json
-python benchmarks/reproduction.py tables                            # -> README.md
+python benchmarks/reproduction.py tables              # -> README.md, reproduction/README.md
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from fastcil.engine.state import write_atomically
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "reproduction"
+# Where tables stand, each in one of the two.
+DOCUMENTS = (ROOT / "README.md", FOLDER / "README.md")
 # Where a figure was taken: what a reader needs to take it again.
 FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "threads", "device")
 COLUMNS = ("method", "average", "last", "BWT", "difference", "exemplars", "bytes", "with networks")
@@ -303,19 +305,27 @@ def _figure(mean: float, half: float | None, sign: bool = False) -> str:
     return text if half is None else f"{text} ± {half:.1f}"
 
 
-def with_tables(readme: str) -> str:
-    """The README with every kept comparison between its marks, ``<!-- NAME -->``, brought up."""
+def with_tables(documents: dict[Path, str]) -> dict[Path, str]:
+    """The documents with every kept comparison between its marks, ``<!-- NAME -->``, brought up."""
     made = {
         path.stem: table(json.loads(path.read_text(encoding="utf-8")))
         for path in sorted(FOLDER.glob("*.json"))
     }
+    documents = dict(documents)
     for name, text in {**made, "presets": preset_tables()}.items():
         mark, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if mark not in readme or end not in readme:
-            raise SystemExit(f"README.md has no place for {name}: add {mark} and {end}.")
+        homes = [path for path, old in documents.items() if mark in old and end in old]
+        if not homes:
+            raise SystemExit(
+                f"{' and '.join(map(str, documents))} have no place for {name}: add {mark} and "
+                f"{end} to one of them."
+            )
         place = re.compile(f"{re.escape(mark)}.*?{re.escape(end)}", re.DOTALL)
-        readme = place.sub(lambda _, text=f"{mark}\n{text}\n{end}": text, readme)
-    return readme
+        for path in homes:
+            documents[path] = place.sub(
+                lambda _, text=f"{mark}\n{text}\n{end}": text, documents[path]
+            )
+    return documents
 
 
 def main() -> None:
@@ -327,16 +337,16 @@ def main() -> None:
     keeper.add_argument("run_dir", type=Path, help="what fastcil compare wrote")
     one = commands.add_parser("keep-preset", help="keep the figures of a run of a preset")
     one.add_argument("run_dir", type=Path, help="what fastcil train --preset wrote")
-    commands.add_parser("tables", help="write the kept figures into README.md")
+    commands.add_parser("tables", help="write the kept figures into the two README.md")
     arguments = parser.parse_args()
     if arguments.command == "keep":
         print(keep(arguments.name, arguments.run_dir))
     elif arguments.command == "keep-preset":
         print(keep_preset(arguments.run_dir))
     else:
-        readme = ROOT / "README.md"
-        text = with_tables(readme.read_text(encoding="utf-8"))
-        write_atomically(readme, text.encode())
+        texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+        for path, text in with_tables(texts).items():
+            write_atomically(path, text.encode())
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def test_kept_figures_belong_to_their_settings_and_name_no_machine(kept: Path) -
         assert not re.search(r'"[^"]*(/home|/root|/tmp|/work|/Users)', seeds.read_text())
 
 
-def test_the_readme_shows_what_is_kept(reproduction: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert reproduction.with_tables(readme) == readme, "python benchmarks/reproduction.py tables"
+def test_the_tables_show_what_is_kept(reproduction: ModuleType) -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in reproduction.DOCUMENTS}
+    assert reproduction.with_tables(texts) == texts, "python benchmarks/reproduction.py tables"
 
 
 def test_figures_are_kept_and_tabled(
@@ -85,12 +85,15 @@ def test_figures_are_kept_and_tabled(
     assert [len(v["average"]) for v in content["per_seed"].values()] == [2, 2]
     assert not content["missing"] and content["rows"][-1]["differences"]
     place = "<!-- presets --><!-- /presets -->"
-    readme = reproduction.with_tables(f"a <!-- tiny -->\nold\n<!-- /tiny --> b {place}")
-    assert readme.startswith("a <!-- tiny -->\n| method |") and "<!-- /tiny --> b <!--" in readme
+    one, two = Path("one.md"), Path("two.md")
+    texts = reproduction.with_tables({one: "a <!-- tiny -->\nold\n<!-- /tiny --> b", two: place})
+    shown = texts[one]
+    assert shown.startswith("a <!-- tiny -->\n| method |") and shown.endswith("<!-- /tiny --> b")
+    assert "cifar100/b0-10" in texts[two]
     (facts,) = content["environments"]
-    assert "\n| `finetune` | " in readme and facts["commit"] in readme
+    assert "\n| `finetune` | " in shown and facts["commit"] in shown
     with pytest.raises(SystemExit, match="no place"):
-        reproduction.with_tables("nothing")
+        reproduction.with_tables({one: "nothing"})
     with pytest.raises(SystemExit, match="no finished seed"):
         (tmp_path / "seeds" / "tiny.json").unlink()
         reproduction.keep("tiny", tmp_path / "elsewhere")
