@@ -19,6 +19,7 @@ from fastcil.engine.lesson import Lesson
 from fastcil.engine.online import leading
 from fastcil.engine.parts import Parts
 from fastcil.engine.phases import PhaseClock, phase
+from fastcil.engine.placement import place_images
 from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.presets import merge_options, preset_arguments
 from fastcil.engine.profile_table import LaneProfile, OpTime, Profile, StageProfile, TaskProfile
@@ -100,6 +101,7 @@ def profile(
         backbone,
         merge_options(preset, options, [method]),
     )
+    place_images([plan])
     return _Profiler(plan, Path(run_dir) if run_dir is not None else None, steps).run(tasks)
 
 

@@ -310,6 +310,12 @@ def _stage_table(result: Result) -> Html:
         trained = [a + b for a, b in zip(trained, seconds, strict=True)]
         rate = sum(x.images for x in mine) / max(1e-9, sum(x.seconds for x in mine))
         rows.append([stage, *_seconds(seconds), f"{rate:,.0f}"])
+        for name in dict.fromkeys(name for timing in mine for name in timing.companions):
+            parts = [
+                sum(x.companions.get(name, 0.0) for x in mine if x.task == t) / seeds for t in tasks
+            ]
+            share = sum(parts) / max(1e-9, sum(seconds))
+            rows.append([f"of it {name} ({share:.0%})", *_seconds(parts), ""])
     if rows:
         rest = [max(0.0, a - b) for a, b in zip(whole, trained, strict=True)]
         rows.append(["the rest", *_seconds(rest), ""])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ class StageTiming:
         stage: The stage's name.
         seconds: Of all its epochs, companions included.
         images: Training images read meanwhile.
+        companions: What each companion took of ``seconds``, in seconds.
     """
 
     task: int
     stage: str
     seconds: float
     images: float
+    companions: dict[str, float] = field(default_factory=dict)
 
 
 def read_timings(log: Path) -> list[StageTiming]:
@@ -39,7 +41,7 @@ def read_timings(log: Path) -> list[StageTiming]:
         >>> read_timings(Path("no such file"))
         []
     """
-    epochs: dict[tuple[int, str, int, int], tuple[float, float]] = {}
+    epochs: dict[tuple[int, str, int, int], dict[str, Any]] = {}
     task = 0
     seen: set[tuple[int, str, int, int]] = set()
     for event in _events(log):
@@ -51,12 +53,22 @@ def read_timings(log: Path) -> list[StageTiming]:
             while (key := (task, event["stage"], turn, event["epoch"])) in seen:
                 turn += 1
             seen.add(key)
-            epochs[key] = event["seconds"], event["seconds"] * event["rate"]
-    sums: dict[tuple[int, str], tuple[float, float]] = {}
-    for (number, stage, _, _), (seconds, images) in epochs.items():
-        before = sums.get((number, stage), (0.0, 0.0))
-        sums[number, stage] = before[0] + seconds, before[1] + images
-    return [StageTiming(*key, *total) for key, total in sums.items()]
+            epochs[key] = event
+    stages: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for (number, stage, _, _), event in epochs.items():
+        stages.setdefault((number, stage), []).append(event)
+    return [_timing(*key, own) for key, own in stages.items()]
+
+
+def _timing(task: int, stage: str, epochs: list[dict[str, Any]]) -> StageTiming:
+    """What a stage's epochs took together."""
+    companions: dict[str, float] = {}
+    for event in epochs:
+        for name, share in event.get("shares", {}).items():
+            companions[name] = companions.get(name, 0.0) + share * event["seconds"]
+    seconds = sum(event["seconds"] for event in epochs)
+    images = sum(event["seconds"] * event["rate"] for event in epochs)
+    return StageTiming(task, stage, seconds, images, companions)
 
 
 def _events(log: Path) -> list[dict[str, Any]]:

@@ -86,6 +86,7 @@ def test_what_is_written_is_what_is_shown(found):
         ({"steps": 0}, "steps is 0; it must be at least 1."),
         ({"tasks": 0}, "tasks is 0; it must be at least 1."),
         ({"network.depth": 3}, "option 'network.depth' is unknown"),
+        ({"engine.data": "disk"}, "engine.data is 'disk', but the images are in memory"),
     ],
 )
 def test_bad_input(options, message):

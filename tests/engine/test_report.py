@@ -82,9 +82,9 @@ def save_run(result, folder, log=True):
             lines.append({"event": "task", "task": t})
             for stage in ("first <stage>", "second"):
                 seconds = task.seconds / 4
-                lines.append(
-                    {"event": "epoch", "stage": stage, "epoch": 0, "seconds": seconds, "rate": 7.0}
-                )
+                told = {"stage": stage, "epoch": 0, "seconds": seconds, "rate": 7.0}
+                shares = {"<mask>": 0.25} if stage == "second" else {}
+                lines.append({"event": "epoch", **told, "shares": shares})
         path = folder / f"seed-{outcome.seed}" / "events.jsonl"
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -113,6 +113,7 @@ def test_a_run_has_every_section(tmp_path, make_result):
     page = check(write_report(tmp_path))
     sections = [name for name in report._SECTIONS if name not in ("sweeps", "sessions")]
     assert [i for i in page.ids if i in report._SECTIONS] == sections
+    assert "of it &lt;mask&gt; (25%)" in (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = page.values("aria-label")
     # Curves, top-5, matrix, forgetting twice, memory, exemplars, time and two records.
     assert page.counts["svg"] == len(shown) == 10

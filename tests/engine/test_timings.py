@@ -11,8 +11,9 @@ def task(number):
     return {"event": "task", "task": number, "tasks": 2, "seed": 0}
 
 
-def epoch(stage, number, seconds, rate):
-    return {"event": "epoch", "stage": stage, "epoch": number, "seconds": seconds, "rate": rate}
+def epoch(stage, number, seconds, rate, **shares):
+    told = {"stage": stage, "epoch": number, "seconds": seconds, "rate": rate, "shares": shares}
+    return {"event": "epoch", **told}
 
 
 OTHERS = [
@@ -51,6 +52,17 @@ OTHERS = [
                 epoch("a", 1, 3.0, 1.0),
             ],
             [StageTiming(0, "a", 5.0, 5.0)],
+        ),
+        # A companion beside it, in the second task alone.
+        (
+            [
+                task(0),
+                epoch("a", 0, 2.0, 1.0),
+                task(1),
+                epoch("a", 0, 4.0, 1.0, mask=0.25),
+                epoch("a", 1, 2.0, 1.0, mask=0.5),
+            ],
+            [StageTiming(0, "a", 2.0, 2.0), StageTiming(1, "a", 6.0, 6.0, {"mask": 2.0})],
         ),
         # Two stages of one name in one task.
         (
