@@ -8,10 +8,12 @@ weights, optimisers and memory. The first alone writes files and speaks.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -86,7 +88,6 @@ def joined(device: str, seconds: float) -> Iterator[Ranks]:
         return
     local, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     cuda = _take_device(device, local, local_size)
-    torch.set_num_threads(max(1, _cores() // local_size))
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -97,8 +98,13 @@ def joined(device: str, seconds: float) -> Iterator[Ranks]:
     )
     peers = Peers(dist.PrefixStore("fastcil/peers", store), rank, size)
     ranks = ProcessRanks(rank, size, local, store, peers, seconds)
+    # A graph's nodes are run in the order in which one thread made them, alike on every rank, and
+    # so are the collectives among them; the autograd engine's own threads may count otherwise.
+    in_order = torch.autograd.set_multithreading_enabled(False)
     try:
-        with peers.watched(), working_as(ranks):
+        with peers.watched(), working_as(ranks), in_order:
+            check_alike(_program(), "at the start")
+            torch.set_num_threads(_threads(ranks, local_size))
             yield ranks
             ranks.barrier()
     except BaseException:
@@ -126,11 +132,7 @@ class ProcessRanks(Ranks):
     ) -> None:
         self.rank, self.size, self.local = rank, size, local
         self._store, self._peers, self._seconds = store, peers, seconds
-        self._turns = 0
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        self._turns = self._meetings = 0
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All of a kind in one go; halves are added up in single precision."""
@@ -138,7 +140,8 @@ class ProcessRanks(Ranks):
         for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
             places = [k for k, tensor in enumerate(tensors) if tensor.dtype == kind]
             flat = torch.cat([tensors[k].reshape(-1) for k in places])
-            flat = flat.to(torch.promote_types(kind, torch.float32))
+            if kind.is_floating_point:
+                flat = flat.to(torch.promote_types(kind, torch.float32))
             with self._together():
                 dist.all_reduce(flat)
             parts = flat.to(kind).split([tensors[k].numel() for k in places])
@@ -172,23 +175,27 @@ class ProcessRanks(Ranks):
         return whole
 
     def texts(self, text: str) -> list[str]:
-        """By way of their lengths."""
+        """By way of their lengths, on the host."""
         data = text.encode()
-        own = torch.tensor([[len(data)]], device=self._device)
+        own = torch.tensor([[len(data)]])
         lengths = self.gather(own, self.size).flatten().tolist()
         row = torch.zeros(1, max(*lengths, 1), dtype=torch.uint8)
         row[0, : len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
             : len(data)
         ]
-        rows = self.gather(row.to(self._device), self.size).cpu()
+        rows = self.gather(row, self.size)
         return [
             bytes(found[:length].tolist()).decode()
             for found, length in zip(rows, lengths, strict=True)
         ]
 
     def barrier(self) -> None:
-        """By a sum that needs all of them."""
-        self.sum([torch.zeros(1, device=self._device)])[0].tolist()
+        """However long it takes: a collective would give up."""
+        self._meetings += 1
+        key = f"fastcil/meeting/{self._meetings}"
+        if self._store.add(f"{key}/here", 1) == self.size:
+            self._store.set(key, "all")
+        self._store.wait([key], _MONTH)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -203,6 +210,7 @@ class ProcessRanks(Ranks):
         finally:
             if not self.local:
                 self._store.set(key, "done")
+        self.barrier()
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -252,6 +260,7 @@ def on_first(work: Callable[[], T]) -> T | None:
                 found = work()
         except FastcilError as error:
             failed = str(error)
+    ranks.barrier()
     failed = ranks.texts(failed)[0]
     if failed:
         raise FastcilError(failed)
@@ -273,21 +282,25 @@ def check_alike(checksums: dict[str, str], where: str) -> None:
 
     Args:
         checksums: Of what, as a sentence calls it -> its checksum on this rank.
-        where: When it was looked at, for the sentence.
+        where: When it was looked at, as the sentence begins.
 
     Raises:
         FastcilError: They differ.
     """
     lines = current().texts("\n".join(checksums.values()))
     columns = zip(*(line.split("\n") for line in lines), strict=True)
-    for name, found in zip(checksums, columns, strict=True):
-        apart = odd_ones(found)
-        if apart:
-            raise FastcilError(
-                f"after {where} the {name} of rank {', '.join(map(str, apart))} differs from that "
-                f"of rank 0; the ranks must compute alike: use the same machines, versions and "
-                f"data for all, and a network that draws no random numbers."
-            )
+    apart = {
+        name: odd
+        for name, found in zip(checksums, columns, strict=True)
+        if (odd := odd_ones(found))
+    }
+    if apart:
+        told = ", ".join(f"{name} of rank {', '.join(map(str, a))}" for name, a in apart.items())
+        raise FastcilError(
+            f"{where} these differ from rank 0's: {told}; the ranks must compute alike: use the "
+            f"same machines, versions, files and data for all, and a network that draws no random "
+            f"numbers."
+        )
 
 
 def odd_ones(values: Sequence[str]) -> list[int]:
@@ -307,20 +320,50 @@ def _take_device(device: str, local: int, local_size: int) -> bool:
             f"device is '{device}', but {local_size} processes share this machine, and each has a "
             f"device of its own; use 'cuda' or 'cpu'."
         )
-    if pick_device(device).type != "cuda":
-        return False
-    found = torch.cuda.device_count()
-    if local_size > found:
-        raise FastcilError(
-            f"torchrun started {local_size} processes on a machine with {found} GPUs; start at "
-            f"most {found} there (--nproc_per_node={found}), or use device 'cpu'."
-        )
-    torch.cuda.set_device(local)
-    return True
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        found = torch.cuda.device_count()
+        if local_size > found:
+            raise FastcilError(
+                f"torchrun started {local_size} processes on a machine with {found} GPUs; start at "
+                f"most {found} there (--nproc_per_node={found}), or use device 'cpu'."
+            )
+        # Before anything is made on a GPU, which would be the first one for all.
+        torch.cuda.set_device(local)
+    return pick_device(device).type == "cuda"
 
 
-def _cores() -> int:
-    """How many this process may use."""
+def _threads(ranks: Ranks, local_size: int) -> int:
+    """How many threads each rank computes with: as many on all, or sums would differ.
+
+    Its cores are shared out among those of a machine, whether each may use all of them or
+    ``torchrun`` bound each to its own.
+    """
+    found = ranks.texts(f"{os.environ.get('GROUP_RANK', '0')} {','.join(map(str, _cores()))}")
+    cores: dict[str, set[str]] = {}
+    for text in found:
+        machine, _, own = text.partition(" ")
+        cores.setdefault(machine, set()).update(own.split(","))
+    fewest = min(len(own) // local_size for own in cores.values())
+    return max(1, fewest)
+
+
+def _cores() -> list[int]:
+    """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _program() -> dict[str, str]:
+    """What makes ranks compute alike, as a sentence calls it."""
+    folder = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.name} {path.stat().st_size};".encode())
+        digest.update(path.read_bytes())
+    return {
+        "fastcil's files": digest.hexdigest(),
+        "C++ kernels": str(any(folder.glob("_C*"))),
+        "torch": torch.__version__,
+        "CPU instructions": torch.backends.cpu.get_cpu_capability(),
+    }

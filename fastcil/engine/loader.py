@@ -25,6 +25,9 @@ class Loader:
     a function depends on more: on what that gives when the batch is asked for, and of the first
     stream, whose epochs must have a length, when the loader is made.
 
+    No batch waits for the device (`fastcil.ops.send`): while one trains there, the host draws the
+    next, reads it where images are the host's, and queues it. So nothing is gained by workers.
+
     Args:
         streams: What to read; empty ones are left out.
         augmentation: How images are cut and changed.

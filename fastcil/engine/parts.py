@@ -26,6 +26,7 @@ from fastcil.memory import (
     likely_room,
     make_codec,
 )
+from fastcil.memory.checksum import checksum
 from fastcil.memory.limits import affordable
 
 _FINDERS = {"boxes": "'cam' or 'cim'", "maps": "'samc'"}
@@ -118,6 +119,15 @@ class Parts:
     def learners(self) -> list[Method | Addon]:
         """The method, then its addons: who hears of each task, in this order."""
         return [self.method, *self.addons]
+
+    def checksums(self) -> dict[str, str]:
+        """One number for what memory holds, and one for what the learners do."""
+        tensors = {
+            f"{number}.{name}": tensor
+            for number, part in enumerate(self.learners)
+            for name, tensor in part.tensors().items()
+        }
+        return {"memory": self.memory.checksum(), "weights": checksum(tensors)}
 
     def check(self, images: ImageStore) -> None:
         """Makes sure, before any training, that what is made as it goes can be made.

@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Peers:
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self.rank = rank
-        store.set(str(rank), f"{os.getpid()} {socket.gethostname()}")
+        store.set(str(rank), f"{os.getpid()} {_machine()}")
         places = [store.get(str(other)).decode().partition(" ") for other in range(size)]
         here = places[rank][2]
         self._processes = {
@@ -107,6 +107,16 @@ class Peers:
             os._exit(1)
 
 
+def _machine() -> str:
+    """What the processes have in common that know each other by number."""
+    parts = [socket.gethostname()]
+    # Containers may share a name, and then have neither the kernel's start nor processes in common.
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
 def has_ended(process: int) -> bool:
     """Whether a process of this machine has ended, waited for or not.
 
@@ -117,6 +127,8 @@ def has_ended(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
         return state in "ZX"
+    except ProcessLookupError:  # it ended while it was being looked at
+        return True
     except FileNotFoundError:
         if Path("/proc/self/stat").exists():
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from fastcil.engine.needs import format_size, say
 from fastcil.engine.plan import Plan
 from fastcil.engine.resolve import pick_device
 from fastcil.errors import FastcilError
+from fastcil.nn.ranks import current
 
 Place = Literal["device", "host", "disk"]
 _SHARE = 0.5  # of what is free; the rest is for networks, activations and decoded exemplars
@@ -119,7 +121,7 @@ def place_images(plans: Sequence[Plan]) -> None:
             continue
         if id(before) not in placed:
             device = pick_device(plan.device)
-            room = look_around(before, device)
+            room = on_all_ranks(look_around(before, device))
             place = choose(engine.data, room)
             placed[id(before)] = move(before, place, device)
             if engine.progress and speaks():
@@ -139,6 +141,20 @@ def look_around(dataset: Dataset, device: torch.device) -> Room:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Room(sum(part.nbytes for part in parts), mapped, free, host_free() // processes)
+
+
+def on_all_ranks(room: Room) -> Room:
+    """The least of what the ranks have, so that all choose alike.
+
+    Example:
+        >>> room = Room(1 << 20, True, None, 1 << 30)
+        >>> on_all_ranks(room) == room
+        True
+    """
+    mine = json.dumps([room.host_free, room.device_free])
+    hosts, devices = zip(*map(json.loads, current().texts(mine)), strict=True)
+    free = min((nbytes for nbytes in devices if nbytes is not None), default=None)
+    return replace(room, host_free=min(hosts), device_free=free)
 
 
 def host_free() -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcil.contract import Task
 from fastcil.data import Examples
-from fastcil.engine.distributed import first_says, on_first
+from fastcil.engine.distributed import check_alike, first_says, on_first
 from fastcil.engine.environment import environment
 from fastcil.engine.epoch_choice import EpochChoice, held_out
 from fastcil.engine.evaluate import count_ahead, count_correct
@@ -134,6 +134,9 @@ class SeedRun:
         self.learner = Learner.from_state(
             saved, device=self.plan.device, backbone=self.plan.backbone
         )
+        if current().size > 1:
+            # Each has read the file by itself: on another machine it might be an older one.
+            check_alike(self.learner.parts.checksums(), "in the checkpoint")
         self.outcome = SeedOutcome(self.seed, [TaskOutcome(**t) for t in state["tasks"]])
         tell("resumed", {"task": len(self.outcome.tasks), "path": str(file)})
         return state if "trainer" in state else None

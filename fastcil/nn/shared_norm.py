@@ -105,9 +105,10 @@ class _SharedBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # In one pass less than `torch.var_mean`, and by channels_last as fast.
         mean, variance = torch.batch_norm_update_stats(x.to(_wide(x)), None, None, 0.0)
-        counts = mean.new_tensor(positions)[:, None]  # [R, 1]
-        own = torch.stack([mean, variance])[None]  # [1, 2, C]
-        means, variances = ranks.gather(own, ranks.size).unbind(1)  # [R, C] each
+        # What each rank counts goes with it: numbers out of the host's memory would be waited for.
+        count = torch.full_like(mean, positions[ranks.rank])
+        own = torch.stack([mean, variance, count])[None]  # [1, 3, C]
+        means, variances, counts = ranks.gather(own, ranks.size).unbind(1)  # [R, C] each
         total = sum(positions)
         mean = (means * counts).sum(0) / total
         between = (means - mean).square()
@@ -134,14 +135,16 @@ class _SharedBatchNorm(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, asked, gradient, create_graph=True))
             first = [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
             return (*first, None, None, None)
-        # With fixed statistics: the gradients of x, and of scale and shift on this rank's rows.
+        inverse = torch.rsqrt(variance + ctx.eps)
+        # With fixed statistics: the gradients of x, and of scale and shift on this rank's rows. On
+        # CUDA they are read from where those of a batch would be.
+        fixed = (mean, variance, mean, inverse, False, ctx.eps)
         gx, scale, shift = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            gradient, x, weight, *fixed, [True, True, True]
         )
         scale, shift = (part.to(mean.dtype) for part in (scale, shift))
         # What each row does to mean and variance, and these to all rows.
         all_scale, all_shift = ctx.ranks.sum([scale, shift])
-        inverse = torch.rsqrt(variance + ctx.eps)
         factor = inverse / ctx.total if weight is None else inverse * weight / ctx.total
         slope = factor * inverse * all_scale
         offset = factor * all_shift - slope * mean

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from fastcil.nn.collectives import all_rows, enter, own_rows
@@ -36,7 +37,9 @@ def in_shares(module: nn.Module, function: Callable[[Tensor], Any], images: Tens
 
     Batch norms in training mode take their statistics over all ranks' rows. Fewer rows than ranks
     are computed by every rank, as are modules with forward hooks, whose owner expects the whole
-    batch, and calls under a transform of ``torch.func``. In a share there are no further shares.
+    batch, those that draw random numbers by `torch.nn.Dropout` and its kin, of which every rank
+    would draw the same ones, and calls under a transform of ``torch.func``. In a share there are no
+    further shares.
 
     Args:
         module: Holds all parameters that the function uses.
@@ -64,9 +67,12 @@ def in_shares(module: nn.Module, function: Callable[[Tensor], Any], images: Tens
 
 
 def _divisible(module: nn.Module) -> bool:
-    """Whether nobody looks at what the module's parts compute."""
-    watched = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-    return not watched and torch._C._functorch.peek_interpreter_stack() is None
+    """Whether the module's parts do to some rows what they do to all of them, and nobody looks."""
+    for part in module.modules():
+        drops = isinstance(part, _DropoutNd | nn.RReLU) and part.training
+        if drops or part._forward_hooks or part._forward_pre_hooks:
+            return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 @contextmanager

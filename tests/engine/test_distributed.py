@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -20,6 +21,7 @@ from compositions import SAMPLE
 from ranks_worker import work
 from thread_ranks import run_ranks
 
+import fastcil
 from fastcil import FastcilError
 from fastcil.cli import main
 from fastcil.engine import distributed, peers
@@ -31,7 +33,9 @@ from fastcil.nn.ranks import Ranks, working_as
 ROOT = Path(__file__).parents[2]
 # Each rank is a process of its own, forked from one that has done nothing but import torch.
 FORKS = multiprocessing.get_context("forkserver")
-IMPORTS = ["fastcil.cli", "fastcil.engine.arguments", "fastcil.engine.run", "torch._dynamo"]
+PACKAGE = [found.name for found in pkgutil.walk_packages(fastcil.__path__, "fastcil.")]
+# All of it, so that ranks run one program even where it is edited meanwhile.
+IMPORTS = ["torch._dynamo", *(n for n in PACKAGE if "kernels" not in n and "__main__" not in n)]
 FEW = ["finetune", "icarl", "foster+cim", "gem", "dlcft", "darkpp"]
 # Measured of maps, but trained on by nothing: a cosine's distance from 1, whose root is taken.
 RECORDS = ("analysis", "moved")
@@ -101,10 +105,12 @@ def check_runs(folder: Path, method: str, sizes: Sequence[int]) -> None:
     for size in sizes:
         together = [load_state(folder / f"{method}-{size}-{r}.safetensors") for r in range(size)]
         check_same_run(alone, together[0])
-        for (name, first), (_, other) in zip(*map(leaves, together[:2]), strict=True):
-            assert (
-                torch.equal(first, other) if isinstance(first, torch.Tensor) else first == other
-            ), name
+        for other_rank in together[1:]:
+            for (name, first), (_, other) in zip(
+                *map(leaves, (together[0], other_rank)), strict=True
+            ):
+                same = torch.equal(first, other) if torch.is_tensor(first) else first == other
+                assert same, name
 
 
 @pytest.fixture(scope="module")
@@ -244,14 +250,30 @@ class Said(Ranks):
 def test_ranks_that_differ_are_named() -> None:
     sums = {"memory": "a", "weights": "b"}
     with working_as(Said(["a\nb"] * 3)):
-        check_alike(sums, "task 2")
-    with (
-        working_as(Said(["a\nb", "a\nb", "a\nc"])),
-        pytest.raises(FastcilError, match="after task 2 the weights of rank 2 differs from"),
-    ):
-        check_alike(sums, "task 2")
-    with working_as(Said(["a\nb", "c\nb", "d\nb"])), pytest.raises(FastcilError, match="rank 1, 2"):
-        check_alike(sums, "task 2")
+        check_alike(sums, "after task 2")
+    for said, told in [
+        (["a\nb", "a\nb", "a\nc"], "weights of rank 2;"),
+        (["a\nb", "c\nb", "d\nb"], "memory of rank 1, 2;"),
+        (["a\nb", "c\nd", "a\nd"], "memory of rank 1, weights of rank 1, 2;"),
+    ]:
+        with working_as(Said(said)), pytest.raises(FastcilError) as error:
+            check_alike(sums, "after task 2")
+        assert f"after task 2 these differ from rank 0's: {told}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "local_size", "threads"),
+    [
+        (["0 0,1,2,3", "0 0,1,2,3", "0 0,1,2,3"], 3, 1),
+        (["0 0,1,2,3", "0 0,1,2,3"], 2, 2),
+        # Bound to cores of their own, and a smaller machine beside a larger one.
+        (["0 0,1", "0 2,3"], 2, 2),
+        (["0 0,1,2,3", "1 0,1,2,3,4,5,6,7"], 1, 4),
+        (["0 0", "0 0"], 2, 1),
+    ],
+)
+def test_all_ranks_compute_with_as_many_threads(said, local_size, threads) -> None:
+    assert distributed._threads(Said(said), local_size) == threads
 
 
 def test_what_fails_on_the_first_rank_fails_on_all() -> None:
@@ -309,7 +331,7 @@ def test_options_that_several_can_not_have_are_refused(monkeypatch) -> None:
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(distributed, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(FastcilError, match="3 processes on a machine with 2 GPUs"):
         distributed._take_device("auto", 2, 3)

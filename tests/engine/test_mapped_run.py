@@ -14,9 +14,10 @@ from photo_files import encoded, write_tree
 from fastcil import Learner, train
 from fastcil.data import load
 from fastcil.data.ingest import ingest
-from fastcil.engine.placement import Room, choose, host_free, move
+from fastcil.engine.placement import Room, choose, host_free, move, on_all_ranks
 from fastcil.engine.state import load_state
 from fastcil.errors import FastcilError
+from fastcil.nn.ranks import Ranks, working_as
 
 OPTIONS = {
     "augment.size": 24,
@@ -133,6 +134,18 @@ def test_where_images_stay(wanted: str, room: Room, place: str) -> None:
     else:
         with pytest.raises(FastcilError, match=place):
             choose(wanted, room)
+
+
+def test_ranks_choose_by_the_least_of_what_they_have() -> None:
+    class Three(Ranks):
+        size = 3
+
+        def texts(self, text: str) -> list[str]:
+            return [text, json.dumps([7 * GIB, None]), json.dumps([3 * GIB, 81 * GIB])]
+
+    room = Room(2 * GIB, True, 80 * GIB, 4 * GIB)
+    with working_as(Three()):
+        assert on_all_ranks(room) == Room(2 * GIB, True, 80 * GIB, 3 * GIB)
 
 
 def test_on_the_cpu(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,13 +184,15 @@ def test_levels_and_tangents_are_gathered_one_by_one(working_as) -> None:
     run_ranks(2, work)
 
 
-@pytest.mark.parametrize("why", ["few rows", "hooks", "vmap"])
+@pytest.mark.parametrize("why", ["few rows", "hooks", "dropout", "vmap"])
 def test_what_can_not_be_divided_is_computed_by_every_rank(why, working_as) -> None:
     whole = network().eval()
     x = images(2 if why == "few rows" else 6)
     seen: list[int] = []
     if why == "hooks":
         whole.extractors[0].layers[0].register_forward_hook(lambda *a: seen.append(len(a[1][0])))
+    if why == "dropout":
+        whole.extractors[0].layers.append(nn.Dropout2d().train())
 
     def work(ranks: Ranks) -> int:
         with working_as(ranks), torch.no_grad():
