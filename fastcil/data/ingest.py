@@ -3,7 +3,8 @@
 Where ``OUT`` is to be, a folder ``.OUT.ingest`` grows beside it: the plan, the pixels, and a
 journal of the chunks that are on the disk. It becomes ``OUT`` when it is complete, so that whatever
 has that name is whole. Killed at any moment, the same call goes on with the chunks that the journal
-lacks; nothing else is decoded again.
+lacks; nothing else is decoded again. The plan stays: by it the same call finds, later, whether the
+source is still what it was.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastcil.data.assemble import assemble
-from fastcil.data.ingest_plan import PLAN, SIZES, IngestPlan, make_plan, read_plan
+from fastcil.data.ingest_plan import ChangedError, IngestPlan, make_plan, read_plan
 from fastcil.data.ingest_work import JOURNAL, Decoders, Journal
 from fastcil.data.mapped import PIXELS, is_mapped, read_manifest, write_rest
 from fastcil.data.store import Dataset, Examples
@@ -63,7 +64,7 @@ def ingest(
 
     Raises:
         DataError: A source that `fastcil.data.load` refuses too, or one that has changed since an
-            ingest was begun; an ``out`` that is there already and was made from something else; a
+            ingest of it; an ``out`` that is there already and was made from something else; a
             disk that is too small; a process that died.
 
     Example:
@@ -92,15 +93,21 @@ def ingest(
     with locked(folder, "out", "give another folder"):
         plan = _plan(source, folder, short_side, skip_bad, chunk_nbytes, tell)
         journal = Journal.open(folder / JOURNAL)
-        count = workers or os.cpu_count() or 1
+        count = workers or _cores()
         _announce(plan, journal, folder, out, count, tell)
         _decode(plan, journal, folder, count, skip_bad, tell)
-        _complete(plan, journal, folder, source, skip_bad)
+        data = _complete(plan, journal, folder, source, skip_bad)
         os.replace(folder, out)
         _sync(out.parent)
     _tidy(out)
-    tell(f"{out}: complete, {len(plan.files):,} images")
+    bad = f"; {len(data.skipped):,} left out, first {data.skipped[0]}" if data.skipped else ""
+    tell(f"{out}: complete, {len(data.train) + len(data.test):,} images{bad}")
     return out
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_finished(source: str, out: Path, short_side: int | None) -> bool:
@@ -110,9 +117,23 @@ def _is_finished(source: str, out: Path, short_side: int | None) -> bool:
     if is_mapped(out):
         manifest = read_manifest(out)
         if (manifest["source"], manifest["short_side"]) == (_place(source), short_side):
+            _check_unchanged(source, out)
             _tidy(out)
             return True
     raise DataError(f"out is '{out}', which is there already; give another folder, or remove it")
+
+
+def _check_unchanged(source: str, out: Path) -> None:
+    """Raises if what a finished folder was made from has become something else."""
+    kept = read_plan(out)
+    if kept is None:
+        return
+    try:
+        make_plan(source, kept["short_side"], True, kept["chunk_nbytes"], kept["headers"])
+    except ChangedError:
+        raise
+    except DataError:  # it is gone, which is what one makes the folder for
+        return
 
 
 def _place(source: str) -> str:
@@ -220,8 +241,8 @@ def _decode(
 
 def _complete(
     plan: IngestPlan, journal: Journal, folder: Path, source: str, skip_bad: bool
-) -> None:
-    """Writes what makes the folder a data set."""
+) -> Dataset:
+    """Writes what makes the folder a data set, and gives it, without its pixels."""
     answers = [journal.done[chunk] for chunk in range(len(plan.ends))]
     first = [0, *plan.ends.tolist()]
     bad = {first[k] + n: s for k, answer in enumerate(answers) for n, s in answer["bad"]}
@@ -242,6 +263,7 @@ def _complete(
         data = _without(data, bad, source)
     about = {"source": _place(source), "short_side": plan.short_side}
     write_rest(folder, data, plan.nbytes, chunks, about)
+    return data
 
 
 def _turn(data: Dataset, turned: dict[int, list[int]]) -> Dataset:
@@ -297,6 +319,6 @@ def _sync(folder: Path) -> None:
 
 def _tidy(out: Path) -> None:
     """Removes what only the ingest needed."""
-    for name in (PLAN, SIZES, JOURNAL, LOCK):
+    for name in (JOURNAL, LOCK):
         with suppress(OSError):
             (out / name).unlink(missing_ok=True)

@@ -48,6 +48,10 @@ class Headers:
     bad: dict[int, str] = field(default_factory=dict)
 
 
+class ChangedError(DataError):
+    """A source is not what it was when its ingest was planned."""
+
+
 class HeaderReader:
     """Reads headers where `fastcil.data.image_files.read_files` reads images.
 
@@ -82,7 +86,7 @@ class HeaderReader:
             bad = {first + number: sentence for number, sentence in bad.items()}
         else:
             if digest not in self.known.digests[len(self.headers.digests) :][:1]:
-                raise DataError(
+                raise ChangedError(
                     f"{listing.path} has changed since its ingest was planned: other files, sizes"
                     f" or times; put it back as it was, or begin anew with another folder"
                 )

@@ -43,13 +43,16 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Reads what is there; what a kill left in the middle of a line is cut off."""
+        """Reads what is there up to a line that a kill or a power cut damaged, which is cut off."""
         journal = cls(path)
         whole = 0
         for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                break
             if not line.endswith(b"\n"):
                 break
-            answer = json.loads(line)
             journal.done[answer["chunk"]] = answer
             whole += len(line)
         with open(path, "ab") as file:

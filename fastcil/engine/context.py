@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastcil.contract import Look
 from fastcil.data import Augmentation, Examples, read_batch
+from fastcil.ops import send
 
 
 class EngineContext:
@@ -82,16 +83,16 @@ class EngineContext:
         look: Look,
         flip: bool,
     ) -> tuple[Tensor, ...]:
-        sizes = examples.images.sizes.cpu()
+        sizes, held = examples.images.sizes.cpu(), examples.labels.cpu()
         crop = self.augmentation.whole if look == "whole" else self.augmentation.centre
         outputs: list[tuple[Tensor, ...]] = []
         # An empty set still runs once, on no image, so that the outputs have their shapes.
         for start in range(0, max(len(examples), 1), self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, len(examples)))
             pixels = self._read(examples, index, crop(sizes[index]), flip)
-            labels = examples.labels[index.to(examples.labels.device)].to(self.device)
+            labels, shapes = send((held[index], sizes[index]), self.device)
             with self._autocast():
-                row = function(pixels, labels, sizes[index].to(self.device))
+                row = function(pixels, labels, shapes)
             outputs.append(tuple(map(self._widened, row)))
         return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,25 @@ def environment(device: str) -> dict[str, Any]:
         "extension": extension_available(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def together(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The environment of figures that several gave: what differs is named one after the other.
+
+    Args:
+        found: Of the sittings of a run, or of its seeds; the command is that of the first.
+
+    Example:
+        >>> old, new = ({"commit": c, "command": f"fastcil {c}"} for c in ("aaaa", "bbbb"))
+        >>> together([old, old, new])
+        {'commit': 'aaaa, then bbbb', 'command': 'fastcil aaaa'}
+    """
+    made = dict(found[0])
+    for name in dict.fromkeys(name for facts in found for name in facts if name != "command"):
+        values = list(dict.fromkeys(facts.get(name) for facts in found))
+        if len(values) > 1:
+            made[name] = ", then ".join(map(str, values))
+    return made
 
 
 @cache

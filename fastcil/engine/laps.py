@@ -37,8 +37,9 @@ class Laps:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """The laps so far; on CUDA, something has waited for the device since the last mark."""
+        """The laps so far; on CUDA it waits until the device has come to the last mark."""
         pairs = pairwise(self._marks)
         if self._cuda:
+            self._marks[-1].synchronize()
             return [before.elapsed_time(after) / 1000 for before, after in pairs]
         return [after - before for before, after in pairs]

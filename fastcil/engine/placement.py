@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -158,7 +159,7 @@ def on_all_ranks(room: Room) -> Room:
 
 
 def host_free() -> int:
-    """Bytes of memory that can be had without swapping, by /proc/meminfo.
+    """Bytes of memory that can be had without swapping, by /proc/meminfo and the container's limit.
 
     Example:
         >>> host_free() > 0
@@ -166,9 +167,39 @@ def host_free() -> int:
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
     except (OSError, StopIteration):  # another system than Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    held = group_free(Path("/sys/fs/cgroup"))
+    return free if held is None else min(free, held)
+
+
+def group_free(root: Path) -> int | None:
+    """Bytes that a container may still take by its control group, or None if it has no limit.
+
+    Args:
+        root: Where control groups are mounted; in a container, its own lies there.
+
+    Example:
+        >>> group_free(Path("nowhere")) is None
+        True
+    """
+    for limit, used, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        # Where there is no limit there is no such file, or "max" in it.
+        with suppress(OSError, ValueError):
+            whole, taken = (int((root / name).read_text()) for name in (limit, used))
+            parts = dict(line.split() for line in (root / stat).read_text().splitlines())
+            # Files' pages that are not in use are given back when memory is asked for.
+            return max(0, whole - taken + int(parts.get(cached, 0)))
+    return None
 
 
 def move(dataset: Dataset, place: Place, device: torch.device) -> Dataset:

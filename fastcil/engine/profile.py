@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
@@ -18,10 +19,11 @@ from fastcil.engine.evaluate import count_correct
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.online import leading
 from fastcil.engine.parts import Parts
-from fastcil.engine.phases import PhaseClock, phase
+from fastcil.engine.phases import OTHER, PhaseClock, phase
 from fastcil.engine.placement import place_images
 from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.presets import merge_options, preset_arguments
+from fastcil.engine.probe import probes
 from fastcil.engine.profile_table import LaneProfile, OpTime, Profile, StageProfile, TaskProfile
 from fastcil.engine.resolve import natural_look, pick_device
 from fastcil.engine.scenario import Arrival, Scenario, pick
@@ -31,6 +33,7 @@ from fastcil.memory import Budget
 WARM = 3  # steps of each stage that nobody times: kernels are chosen and objectives compiled
 TRACED = 5
 _TOP = 12
+_ONCE = ("addon", "memory update", "evaluation")
 _INSIDE = ("fastcil: ", "ProfilerStep", "Optimizer.", "autograd::engine", "Torch-Compiled")
 
 
@@ -54,7 +57,8 @@ def profile(
 
     Data, memory, network and device are those of the run; stages are cut short, so that what is
     learned is nothing. Of each stage the first `WARM` steps are left out, ``steps`` are timed, and
-    `TRACED` more run under torch's profiler, which slows them down.
+    `TRACED` more run under torch's profiler, which slows them down. An epoch is taken for the
+    first one: what addons do every few epochs, such as drawing boxes anew, is not in it.
 
     Args:
         method: As `fastcil.train` takes it, and so all that follows.
@@ -125,6 +129,8 @@ class _Profiler:
             *natural_look(images, groups["augment"]),
             plan.backbone,
         )
+        # Exemplars lie where the images do, as in a run.
+        self.parts.memory.to(images.device)
 
     def run(self, tasks: int) -> Profile:
         """The first tasks, measured; writes what was found."""
@@ -145,8 +151,17 @@ class _Profiler:
         watch = _Watch(self.steps, clock, number, self.folder)
         _Short(parts, self.settings, plan.seeds[0], watch, watch=watch).run(task)
         test = pick(plan.dataset.test, Arrival(order[: task.total]), order)
+        sizes = [len(arrival.classes) for arrival in plan.scenario.arrivals[: number + 1]]
+        tasks = sizes if plan.scenario.task_aware else None
         with phase("evaluation"):
-            count_correct(parts.method, parts.context, test, task.total)
+            further = probes(
+                parts.method,
+                parts.context,
+                lambda: pick(plan.dataset.train, Arrival(order[: task.total]), order),
+                tasks or [task.total],
+                plan.settings.engine.knn,
+            )
+            count_correct(parts.method, parts.context, test, task.total, tasks, further)
         once = watch.rest()
         parts.method.release()
         return TaskProfile(number, len(task.examples), len(test), once, watch.stages)
@@ -230,12 +245,12 @@ class _Watch:
     def _keep_rest(self) -> None:
         """What was spent outside of steps since the last of them."""
         for name, seconds in self.clock.seconds().items():
-            if name in ("addon", "memory update", "evaluation"):
+            if name in (*_ONCE, OTHER):
                 self._once[name] = self._once.get(name, 0.0) + seconds
         self.clock.reset()
 
     def rest(self) -> dict[str, float]:
-        """Seconds of what a task does once: memory's update, evaluation, what addons look at."""
+        """Seconds of what a task does once: memory's update, evaluation, beginnings and ends."""
         self._keep_rest()
         return self._once
 
@@ -265,10 +280,12 @@ def _export(tracer: torch_profile, path: Path) -> None:
 def _top_ops(tracer: torch_profile) -> list[OpTime]:
     """The operators that take most time by themselves, on the device where there is one."""
     events = [e for e in tracer.key_averages() if not e.key.startswith(_INSIDE)]
-    on_device = any(e.self_device_time_total for e in events)
+    # On a device they are its kernels; an operator of the host counts those that it launched again.
+    kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
+    events = kernels or events
 
     def own(event: Any) -> float:
-        return float(event.self_device_time_total if on_device else event.self_cpu_time_total)
+        return float(event.self_device_time_total if kernels else event.self_cpu_time_total)
 
     whole = sum(map(own, events)) or 1.0
     ranked = sorted(events, key=own, reverse=True)[:_TOP]

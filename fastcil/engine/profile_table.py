@@ -169,7 +169,8 @@ def _phases(method: str, task: TaskProfile) -> Table:
             addon = whole.get("addon", 0.0) / total if total else 0.0
             cells += [f"{total:.1f}", f"{addon:.0%}"] if place == 0 else ["", ""]
             table.add_row(lane.name if place == 0 else f"+ {lane.name}", *cells)
-    once = ", ".join(f"{name} {task.once[name]:.2f} s" for name in PHASES if name in task.once)
+    names = {name: name for name in PHASES} | {OTHER: "what begins and ends stages and tasks"}
+    once = ", ".join(f"{n} {task.once[k]:.2f} s" for k, n in names.items() if k in task.once)
     table.caption = f"once: {once}; {task.tests:,} test images"
     return table
 

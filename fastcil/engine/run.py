@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastcil.engine.distributed import check_divisible, in_turn, joined, on_first
-from fastcil.engine.environment import environment
+from fastcil.engine.environment import environment, together
 from fastcil.engine.first_task import SharedFirstTask
 from fastcil.engine.learner import Learner
 from fastcil.engine.needs import announce, tell_needs
@@ -143,8 +143,8 @@ def run_plan(
     first = folder / f"seed-{plan.seeds[0]}"
     result = Result(
         plan.config(),
-        # Of the process that measured, which need not be this one.
-        Result.load(first).environment,
+        # Of the processes that measured, which need not be this one.
+        together([Result.load(folder / f"seed-{seed}").environment for seed in plan.seeds]),
         outcomes,
         folder,
         lambda: Learner.load(first / LEARNER, device=plan.device, backbone=plan.backbone),

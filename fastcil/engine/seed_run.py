@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcil.contract import Task
 from fastcil.data import Examples
 from fastcil.engine.distributed import check_alike, first_says, on_first
-from fastcil.engine.environment import environment
+from fastcil.engine.environment import environment, together
 from fastcil.engine.epoch_choice import EpochChoice, held_out
 from fastcil.engine.evaluate import count_ahead, count_correct
 from fastcil.engine.events import JsonLines, Listener, TensorBoard, broadcast
@@ -59,6 +59,7 @@ class SeedRun:
         self._saved_at = time.monotonic()
         self._task_began = 0.0
         self._ahead: dict[str, int] | None = None
+        self._before: list[dict[str, Any]] = []  # environments of earlier sittings
         self._first: FirstTask | None = None
         if first is not None:
             self._first = first.take if plan.first_task else first.keep
@@ -138,6 +139,7 @@ class SeedRun:
             # Each has read the file by itself: on another machine it might be an older one.
             check_alike(self.learner.parts.checksums(), "in the checkpoint")
         self.outcome = SeedOutcome(self.seed, [TaskOutcome(**t) for t in state["tasks"]])
+        self._before = state.get("sittings", [])
         tell("resumed", {"task": len(self.outcome.tasks), "path": str(file)})
         return state if "trainer" in state else None
 
@@ -285,7 +287,10 @@ class SeedRun:
         """One file holds everything, so that a kill leaves this checkpoint or the one before."""
         if self._writes is not None:
             tasks = [asdict(task) for task in self.outcome.tasks]
-            save_state(self._writes / CHECKPOINT, {"learner": learner, "tasks": tasks, **more})
+            sittings = {"sittings": [*self._before, environment(self.plan.device)]}
+            save_state(
+                self._writes / CHECKPOINT, {"learner": learner, "tasks": tasks, **sittings, **more}
+            )
             self._saved_at = time.monotonic()
 
     def _finish(self) -> None:
@@ -293,7 +298,7 @@ class SeedRun:
         folder, learner = self.folder, self.learner
         if folder is None or learner is None:
             return
-        measured = environment(self.plan.device)
+        measured = together([*self._before, environment(self.plan.device)])
 
         def write() -> None:
             learner.save(folder / LEARNER)

@@ -43,17 +43,12 @@ def read_timings(log: Path) -> list[StageTiming]:
     """
     epochs: dict[tuple[int, str, int, int], dict[str, Any]] = {}
     task = 0
-    seen: set[tuple[int, str, int, int]] = set()
     for event in _events(log):
         if event.get("event") == "task":
-            task, seen = event["task"], set()
+            task = event["task"]
         elif event.get("event") == "epoch":
-            # Two stages of a task may have one name: the same epoch again is the next such stage.
-            turn = 0
-            while (key := (task, event["stage"], turn, event["epoch"])) in seen:
-                turn += 1
-            seen.add(key)
-            epochs[key] = event
+            # Two stages of a task may have one name.
+            epochs[task, event["stage"], event.get("number", 0), event["epoch"]] = event
     stages: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for (number, stage, _, _), event in epochs.items():
         stages.setdefault((number, stage), []).append(event)

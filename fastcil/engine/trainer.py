@@ -269,6 +269,7 @@ class Trainer:
             "epoch",
             {
                 "stage": stage.name,
+                "number": self.cursor.stage,
                 "epoch": epoch,
                 "epochs": stage.recipe.epochs,
                 "losses": losses,

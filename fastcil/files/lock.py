@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from fastcil.errors import FastcilError
 
@@ -34,18 +36,31 @@ def locked(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "wb")  # noqa: SIM115
+        while (file := _held(folder / LOCK)) is None:
+            pass
+    except BlockingIOError as error:
+        raise FastcilError(
+            f"{name}'s '{folder}' is in use by another process; wait for it, or {advice}."
+        ) from error
     except OSError as error:
         raise FastcilError(f"'{folder}' can't be written: {error.strerror or error}.") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FastcilError(
-                f"{name}'s '{folder}' is in use by another process; wait for it, or {advice}."
-            ) from error
         try:
             yield
         finally:
             # Whoever comes now finds the work finished, or a file of this name to hold anew.
             (folder / LOCK).unlink(missing_ok=True)
+
+
+def _held(path: Path) -> BinaryIO | None:
+    """The file, held; None if the one who had it removed it before it could be had."""
+    file = open(path, "wb")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return None

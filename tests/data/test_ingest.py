@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 import zlib
@@ -17,6 +18,7 @@ from photo_files import encoded, picture, tree, write_tar, write_tree
 from fastcil.cli import main
 from fastcil.data import load, load_examples, load_images
 from fastcil.data.ingest import ingest
+from fastcil.data.ingest_work import Journal
 from fastcil.data.mapped import check_pixels, is_mapped
 from fastcil.errors import DataError
 from fastcil.files.decode import decode_image, shrink
@@ -57,6 +59,7 @@ def test_every_image_is_that_of_load(pets, store):
     assert_same(data, load(pets))
     assert data.name == "pets" and data.skipped == ()
     names = {"files.json", "index.safetensors", "manifest.json", "pixels.bin"}
+    names |= {"plan.json", "sizes.safetensors"}
     assert {file.name for file in store.iterdir()} == names
     assert [file.name for file in store.parent.iterdir()] == ["pets.store"]
 
@@ -151,7 +154,10 @@ def test_bad_files_are_refused_or_left_out(tmp_path):
         ingest(root, tmp_path / "out", workers=1, chunk_nbytes=9000)
     assert not (tmp_path / "out").exists()
     # What was decoded before stays; only what may be left out is another matter now.
-    out = ingest(root, tmp_path / "out", workers=1, skip_bad=True)
+    lines = []
+    out = ingest(root, tmp_path / "out", workers=1, skip_bad=True, tell=lines.append)
+    count = len(tree())
+    assert lines[-1].startswith(f"{out}: complete, {count} images; 1 left out, first {root}/train/")
     with pytest.warns(UserWarning, match="1 left out"):
         data = load(out)
     with pytest.warns(UserWarning, match="1 left out"):
@@ -360,6 +366,28 @@ def test_a_source_that_changed_is_refused(tmp_path):
     os.utime(root / "train/dog/06.jpg", (1, 1))
     with pytest.raises(DataError, match="has changed since its ingest was planned"):
         ingest(root, tmp_path / "out", workers=1, skip_bad=True)
+
+
+def test_a_source_that_changed_afterwards_is_refused_but_may_be_gone(tmp_path):
+    root = write_tree(tmp_path / "pets", tree())
+    out = ingest(root, tmp_path / "out", workers=1)
+    lines = []
+    ingest(root, out, tell=lines.append)
+    (root / "train/cat/new.png").write_bytes((root / "train/dog/06.jpg").read_bytes())
+    with pytest.raises(DataError, match="has changed since its ingest was planned"):
+        ingest(root, out)
+    shutil.rmtree(root)
+    ingest(root, out, tell=lines.append)
+    assert lines == [f"{out}: complete already"] * 2
+    assert len(load(out).train) + len(load(out).test) == len(tree())
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 40 + b"\n", b'{"chunk": 2', b"\xff\xfe\n"])
+def test_a_journal_that_was_damaged_is_cut_off(damage, tmp_path):
+    good = b'{"chunk": 1, "bad": []}\n'
+    (tmp_path / "journal").write_bytes(good + damage)
+    assert list(Journal.open(tmp_path / "journal").done) == [1]
+    assert (tmp_path / "journal").read_bytes() == good
 
 
 def test_checksums_are_crc32(store):

@@ -14,7 +14,7 @@ from photo_files import encoded, write_tree
 from fastcil import Learner, train
 from fastcil.data import load
 from fastcil.data.ingest import ingest
-from fastcil.engine.placement import Room, choose, host_free, move, on_all_ranks
+from fastcil.engine.placement import Room, choose, group_free, host_free, move, on_all_ranks
 from fastcil.engine.state import load_state
 from fastcil.errors import FastcilError
 from fastcil.nn.ranks import Ranks, working_as
@@ -134,6 +134,29 @@ def test_where_images_stay(wanted: str, room: Room, place: str) -> None:
     else:
         with pytest.raises(FastcilError, match=place):
             choose(wanted, room)
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": "max", "memory.current": "7", "memory.stat": ""}, None),
+        ({"memory.max": "9", "memory.current": "7", "memory.stat": "file 5\ninactive_file 3"}, 5),
+        ({"memory.max": "9", "memory.current": "12", "memory.stat": "anon 1"}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": "9",
+                "memory/memory.usage_in_bytes": "7",
+                "memory/memory.stat": "total_inactive_file 1",
+            },
+            3,
+        ),
+    ],
+)
+def test_a_container_has_what_its_group_may_take(files, free, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert group_free(tmp_path) == free
 
 
 def test_ranks_choose_by_the_least_of_what_they_have() -> None:

@@ -41,7 +41,7 @@ def test_steps_are_shared_out_among_phases(found):
     assert {"data", "forward", "backward", "optimiser"} <= set(boosting.seconds)
     assert boosting.seconds["forward"] > boosting.seconds["optimiser"]
     assert set(mask.seconds) <= {"addon", OTHER} and mask.seconds["addon"] > 0
-    assert set(made.tasks[0].once) == {"addon", "memory update", "evaluation"}
+    assert set(made.tasks[0].once) == {"addon", "memory update", "evaluation", OTHER}
     assert made.tasks[1].stages[0].epoch()["addon"] >= mask.seconds["addon"] * mask.steps
 
 
@@ -78,6 +78,15 @@ def test_what_is_written_is_what_is_shown(found):
     saved = json.loads((folder / "profile.json").read_text())
     assert saved["steps"] == 2 and saved["config"]["method"] == "foster+cim"
     assert "boosting" in str(made) and "memory update" in str(made) and WARM
+
+
+def test_what_a_method_does_at_the_end_is_told():
+    """EWC's Fisher information, which is no step of a stage."""
+    options = {"ewc.first.batch_size": 4, "network.width": 4, "network.name": "resnet20"}
+    made = profile("ewc", DATA, "lfs-2", steps=1, tasks=1, **options, **{"engine.knn": 3})
+    once = made.tasks[0].once
+    assert once[OTHER] > once["memory update"]
+    assert "what begins and ends stages and tasks" in " ".join(str(made).split())
 
 
 @pytest.mark.parametrize(

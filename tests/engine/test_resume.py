@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from fastcil.cli import main
-from fastcil.engine.state import load_state
+from fastcil.engine.state import load_state, save_state
 
 OPTIONS = [
     "--data=scenes:classes=6,size=32,train_per_class=8,test_per_class=2",
@@ -128,8 +128,14 @@ def test_killed_in_the_second_task(method: str, tmp_path: Path, assert_same) -> 
     assert kill_in_second_task(folder, method, wait), f"it ended before; waited {wait}"
     saved = load_state(folder / "seed-0" / "checkpoint.safetensors")
     assert len(saved["tasks"]) == 1, f"killed elsewhere; waited {wait}"
+    # As if another version had begun: whoever reads the result learns of both.
+    (sitting,) = saved["sittings"]
+    sitting["torch"], now = "1.0", sitting["torch"]
+    save_state(folder / "seed-0" / "checkpoint.safetensors", saved)
     assert main(command(folder, method)) == 0
     assert_same(outcome(whole), outcome(folder), f"waited {wait}")
+    environment = json.loads((folder / "result.json").read_text())["environment"]
+    assert environment["torch"] == f"1.0, then {now}"
     one, two = (load_state(f / "seed-0" / "learner.safetensors") for f in (whole, folder))
     assert_same(one, two, f"waited {wait}")
 

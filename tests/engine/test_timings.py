@@ -11,8 +11,9 @@ def task(number):
     return {"event": "task", "task": number, "tasks": 2, "seed": 0}
 
 
-def epoch(stage, number, seconds, rate, **shares):
-    told = {"stage": stage, "epoch": number, "seconds": seconds, "rate": rate, "shares": shares}
+def epoch(stage, epoch, seconds, rate, number=0, **shares):
+    told = {"stage": stage, "number": number, "epoch": epoch, "seconds": seconds, "rate": rate}
+    told["shares"] = shares
     return {"event": "epoch", **told}
 
 
@@ -64,9 +65,15 @@ OTHERS = [
             ],
             [StageTiming(0, "a", 2.0, 2.0), StageTiming(1, "a", 6.0, 6.0, {"mask": 2.0})],
         ),
-        # Two stages of one name in one task.
+        # Two stages of one name in one task, stopped in the second of them.
         (
-            [task(0), epoch("a", 0, 2.0, 1.0), epoch("a", 0, 3.0, 1.0)],
+            [
+                task(0),
+                epoch("a", 0, 2.0, 1.0),
+                epoch("a", 0, 9.0, 1.0, number=1),
+                task(0),
+                epoch("a", 0, 3.0, 1.0, number=1),
+            ],
             [StageTiming(0, "a", 5.0, 5.0)],
         ),
     ],
