@@ -160,7 +160,7 @@ def parse_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _named_in(arguments: Sequence[str], option: str) -> Any:
-    """What the command line, or else its config file, says of ``option``.
+    """What the command line, its config file included, says of ``option``, last of all.
 
     The parser that knows all flags can't be built before it is known whose flags they are, and
     what stands below them.
@@ -172,7 +172,7 @@ def _named_in(arguments: Sequence[str], option: str) -> Any:
         if flag == f"--{option}":
             found = value
         elif flag == "--config":
-            found = found or read_yaml(value).get(option)
+            found = read_yaml(value).get(option, found)
     return found
 
 
@@ -289,7 +289,8 @@ def parse_ingest(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_class_arguments(IngestArguments)
     parsed = parse_flags(parser, arguments).as_dict()
     places, verify = parsed.pop("places") or [], parsed.pop("verify")
-    if verify is not None and not places:
+    alone = all(parsed[field.name] == field.default for field in fields(IngestArguments)[:-1])
+    if verify is not None and not places and alone:
         return {"verify": Path(verify)}
     if verify is not None or len(places) != 2:
         raise FastcilError(

@@ -237,6 +237,8 @@ def test_a_flipped_byte_is_found_and_its_chunk_named(store, capsys):
             opened.write(was)
     assert main(["ingest", "--verify", str(store)]) == 0
     assert f"{chunks['nbytes']:,} bytes of pixels" in capsys.readouterr().out
+    assert main(["ingest", "--verify", str(store), "--short_side", "3"]) == 2
+    assert "or --verify OUT alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,8 @@ def test_a_runs_config_read_back_is_the_same_run(tmp_path: Path, odd: list[str])
     later = plan_of(parse_run("train", [f"--config={file}", "--cim.threshold=0.9"]))
     assert later.settings.groups["cim"].threshold == 0.9
     assert later.settings.groups["foster"] == first.settings.groups["foster"]
-    earlier = plan_of(parse_run("train", ["--cim.threshold=0.9", f"--config={file}"]))
+    told = ["--cim.threshold=0.9", "--method=er", f"--config={file}"]
+    earlier = plan_of(parse_run("train", told))
     assert earlier.settings == first.settings
 
 
