@@ -83,15 +83,24 @@ bench-steps: $(READY)
 
 gpu: test-gpu sanitize bench-gpu bench-gpu-runs
 
+# The files that hold tests for a GPU: the others may need what a bare machine lacks.
+GPU_TESTS := tests/ops/test_devices.py tests/ops/test_transfer.py \
+  tests/engine/test_no_sync.py tests/engine/test_mapped_run.py
 test-gpu: $(READY)
-	$(PY) -m pytest tests -m gpu $(call plugin,xdist,-n $(JOBS))
+	$(PY) -m pytest $(GPU_TESTS) -m gpu $(call plugin,xdist,-n $(JOBS))
 
-# Every tensor an allocation of its own: what lies beyond its end is then nobody's.
+# Every tensor an allocation of its own: what lies beyond its end is then nobody's. TOOLS= and K=,
+# an expression of pytest's, take a part of it.
+TOOLS ?= memcheck racecheck synccheck initcheck
+K ?=
 sanitize: $(READY)
-	@failed=; for tool in memcheck racecheck synccheck initcheck; do \
+	@failed=; for tool in $(TOOLS); do \
 	  echo "compute-sanitizer --tool $$tool"; \
+	  [ $$tool = initcheck ] && export FASTCIL_POISON=0 || unset FASTCIL_POISON; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(PY) -m pytest tests/ops/test_devices.py -m gpu -q || failed="$$failed $$tool"; \
+	    --report-api-errors no \
+	    $(PY) -m pytest tests/ops/test_devices.py -m gpu -q $(if $(K),-k "$(K)") \
+	    || failed="$$failed $$tool"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 bench-gpu: $(READY)
@@ -101,7 +110,8 @@ bench-gpu: $(READY)
 # One script for each thing that only a GPU can show, each within ten minutes.
 bench-gpu-runs: $(READY)
 	for script in $(filter-out benchmarks/gpu/kept.py,$(wildcard benchmarks/gpu/*.py)); do \
-	  PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) $$script || exit; done
+	  PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) $$script --data $(DATA) $(RUNS_ARGS) \
+	  || exit; done
 
 clean:
 	rm -rf .venv build dist fastcil.egg-info fastcil/_C*.so

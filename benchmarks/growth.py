@@ -13,7 +13,7 @@ from step_case import Work, peak_of, shorten, synchronise
 from fastcil.contract import Stage
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.parts import Parts
-from fastcil.engine.resolve import natural_look, pick_device
+from fastcil.engine.resolve import pick_device
 
 METHODS = ("finetune", "icarl", "foster", "der")
 WARM = 2
@@ -88,8 +88,8 @@ def grow(method: str, work: Work, device: str, steps: int, tasks: int = 20) -> l
         tasks: How many tasks.
     """
     plan = work.plan(method, device)
-    look = natural_look(plan.dataset.train.images, plan.settings.groups["augment"])
-    parts = Parts.build(plan.settings, plan.budget, pick_device(device), *look, plan.backbone)
+    images, place = plan.dataset.train.images, pick_device(device)
+    parts = Parts.for_images(images, plan.settings, plan.budget, place, plan.backbone)
     points = []
     for number in range(min(tasks, len(plan.scenario.arrivals))):
         task = plan.scenario.task(number, plan.dataset.train, parts.memory.examples())

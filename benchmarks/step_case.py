@@ -18,8 +18,9 @@ from fastcil.engine.lesson import Lesson
 from fastcil.engine.online import leading
 from fastcil.engine.parts import Parts
 from fastcil.engine.phases import PhaseClock
+from fastcil.engine.placement import place_images
 from fastcil.engine.plan import Plan, make_plan
-from fastcil.engine.resolve import natural_look, pick_device
+from fastcil.engine.resolve import pick_device
 from fastcil.engine.trainer import Trainer
 
 # Precision, and whether objectives are compiled; networks and batches are channels_last in all.
@@ -58,9 +59,11 @@ class Work:
             "engine.batch_size": self.batch,
             **self.options,
         }
-        return make_plan(
+        plan = make_plan(
             method, self.data, self.scenario, self.memory, None, (0,), device, None, plain
         )
+        place_images([plan])
+        return plan
 
 
 @dataclass
@@ -131,10 +134,8 @@ class Run:
     def __init__(self, method: str, work: Work, device: str) -> None:
         self.plan = work.plan(method, device)
         settings = self.plan.settings
-        look = natural_look(self.plan.dataset.train.images, settings.groups["augment"])
-        self.parts = Parts.build(
-            settings, self.plan.budget, pick_device(device), *look, self.plan.backbone
-        )
+        images, place = self.plan.dataset.train.images, pick_device(device)
+        self.parts = Parts.for_images(images, settings, self.plan.budget, place, self.plan.backbone)
         self.lesson = _Prepared(self.parts, settings, 0, lambda *_: None)
         self.lesson.run(self._task(0))
         self.parts.method.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -147,3 +148,14 @@ def test_the_kernels_build_for_each_instruction_set(march: str, tmp_path: Path) 
     load = "import ctypes, os, sys, torch; torch.library.Library('fastcil', 'DEF')"
     load += "; ctypes.CDLL(sys.argv[1], os.RTLD_NOW)"
     subprocess.run([sys.executable, "-c", load, str(library)], check=True)
+
+
+def test_make_names_every_file_with_a_test_for_a_gpu() -> None:
+    """It runs these alone: the others may import what a bare machine lacks."""
+    named = re.search(r"^GPU_TESTS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)
+    assert named is not None
+    holding = [
+        path for path in ROOT.glob("tests/**/test_*.py") if f"mark.{'gpu'}" in path.read_text()
+    ]
+    found = {str(path.relative_to(ROOT)) for path in holding}
+    assert set(named[1].replace("\\", " ").split()) == found

@@ -27,7 +27,7 @@ from fastcil.engine.evaluate import count_correct
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.parts import Parts
 from fastcil.engine.phases import PHASES, PhaseClock, phase
-from fastcil.engine.resolve import natural_look, pick_device
+from fastcil.engine.resolve import pick_device
 from fastcil.engine.scenario import Arrival, pick
 
 METHODS = ("finetune", "icarl", "der", "foster", "foster+cim")
@@ -50,8 +50,8 @@ def run(method: str, given: Namespace) -> list[dict[str, Any]]:
     plan = step_sections.whole(given).plan(method, given.device)
     engine = replace(plan.settings.engine, precision=given.precision)
     settings = replace(plan.settings, groups={**plan.settings.groups, "engine": engine})
-    look = natural_look(plan.dataset.train.images, settings.groups["augment"])
-    parts = Parts.build(settings, plan.budget, pick_device(given.device), *look, plan.backbone)
+    images, device = plan.dataset.train.images, pick_device(given.device)
+    parts = Parts.for_images(images, settings, plan.budget, device, plan.backbone)
     order, rows = plan.scenario.order, []
     for number in range(2):
         task = plan.scenario.task(number, plan.dataset.train, parts.memory.examples())

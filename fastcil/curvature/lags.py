@@ -16,8 +16,9 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 
-# Rows of a chunk of the matrix products, such that the lags find them in the cache.
-_CHUNK_BYTES = 1 << 19
+# Bytes of a chunk of the matrix products, such that the lags find it in the cache: of a core, or of
+# a GPU, where more of them would be too many launches.
+_CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Lags:
         room[:height, :width] = x.permute(2, 3, 0, 1)
         flat = room.view(-1, channels)
         count = height * (width + rx) * n
-        chunk = max(1, _CHUNK_BYTES // (channels * x.element_size()))
+        chunk = max(1, _CHUNK_BYTES.get(x.device.type, 1 << 24) // (channels * x.element_size()))
         offsets = [(dy * (width + rx) + dx) * n for dy, dx in self.window.shifts]
         for start in range(0, count, chunk):
             stop = min(start + chunk, count)

@@ -11,7 +11,6 @@ def gather_bytes(
     starts: Tensor,
     lengths: Tensor,
     device: torch.device | None = None,
-    pinned: bool = False,
 ) -> Tensor:
     """Stretches of a buffer, one after the other in a new one.
 
@@ -21,7 +20,6 @@ def gather_bytes(
         lengths: int64 [N], their bytes.
         device: Where the new buffer is to be; None for where the old one is. Nothing but the
             stretches is moved there.
-        pinned: Whether the new buffer is to be in page-locked host memory.
 
     Example:
         >>> gather_bytes(torch.arange(9, dtype=torch.uint8), torch.tensor([7, 0]),
@@ -34,9 +32,7 @@ def gather_bytes(
     leads = torch.ones_like(starts, dtype=torch.bool)
     leads[1:] = starts[1:] != (starts + lengths)[:-1]
     runs = torch.stack([starts[leads], targets[leads]], 1).tolist()
-    gathered = torch.empty(
-        int(lengths.sum()), dtype=buffer.dtype, device=device or buffer.device, pin_memory=pinned
-    )
+    gathered = torch.empty(int(lengths.sum()), dtype=buffer.dtype, device=device or buffer.device)
     stops = [target for _, target in runs[1:]] + [len(gathered)]
     for (source, target), stop in zip(runs, stops, strict=False):
         gathered[target:stop] = buffer[source : source + stop - target]

@@ -197,15 +197,14 @@ class ImageStore:
             self, offsets=self.offsets[index], geometry=self.geometry[index], shared=True
         )
 
-    def compact(self, device: torch.device | None = None, pinned: bool = False) -> ImageStore:
+    def compact(self, device: torch.device | None = None) -> ImageStore:
         """A copy in which the images stand one after the other, and nothing else.
 
         Args:
             device: Where to; None for where they are. Of shared pixels nothing else is moved.
-            pinned: Whether the copy's pixels are to be in page-locked host memory.
         """
         nbytes = ops.packed_nbytes(self.geometry)
-        pixels = gather_bytes(self.pixels, self.offsets, nbytes, device, pinned)
+        pixels = gather_bytes(self.pixels, self.offsets, nbytes, device)
         offsets, geometry = nbytes.cumsum(0) - nbytes, self.geometry
         return ImageStore(pixels, offsets.to(pixels.device), geometry.to(pixels.device))
 

@@ -66,11 +66,12 @@ def together(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of the working tree fastcil was imported from, with + if it was changed.
 
-    As it was when first asked: later commits are not what this process imported.
+    As it was when first asked: later commits are not what this process imported. Where a tree
+    travelled without its repository, ``FASTCIL_COMMIT`` may say.
     """
     root = Path(fastcil.__file__).parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FASTCIL_COMMIT")
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"],

@@ -24,7 +24,7 @@ from fastcil.engine.options import flatten
 from fastcil.engine.parts import Parts
 from fastcil.engine.plan import IDENTITY, Plan
 from fastcil.engine.rehearsal import few
-from fastcil.engine.resolve import natural_look, pick_device
+from fastcil.engine.resolve import pick_device
 from fastcil.engine.scenario import Arrival
 from fastcil.engine.seeds import generator
 from fastcil.engine.state import load_state, random_state, save_state, set_random_state
@@ -194,9 +194,8 @@ def _try(plan: Plan) -> _Trial:
     engine = replace(plan.settings.engine, compile=False, progress=False, batch_size=_BATCH)
     settings = replace(plan.settings, groups={**plan.settings.groups, "engine": engine})
     train, arrival = plan.dataset.train, plan.scenario.arrivals[0]
-    look = natural_look(train.images, settings.groups["augment"])
     device = pick_device(plan.device)
-    parts = Parts.build(settings, plan.budget, device, *look, plan.backbone)
+    parts = Parts.for_images(train.images, settings, plan.budget, device, plan.backbone)
     shown = Arrival(arrival.classes, few(train, arrival, _PER_CLASS))
     task = plan.scenario.task(0, train, parts.memory.examples(), shown)
     try:

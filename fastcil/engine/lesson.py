@@ -22,6 +22,7 @@ from fastcil.engine.state import random_state, set_random_state
 from fastcil.engine.trainer import Trainer
 from fastcil.memory.checksum import checksum
 from fastcil.nn.ranks import current
+from fastcil.nn.same_kernels import same_kernels
 
 _INIT, _DATA, _SELECT, _REFINE = 0, 1, 2, 3
 
@@ -189,7 +190,7 @@ class Lesson:
         if resume is not None:
             set_random_state(resume["random"])
         # The same bits again on CUDA too; left to itself cuDNN chooses by how long things took.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with same_kernels():
             trainer.run(stages, resume["trainer"] if resume else None)
 
     def _remember(self, task: Task) -> None:

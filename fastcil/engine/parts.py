@@ -13,7 +13,7 @@ from fastcil.contract import Addon, Method, Retained, Task, lookup
 from fastcil.data import Augmentation, ImageStore
 from fastcil.engine.context import EngineContext
 from fastcil.engine.options import Settings
-from fastcil.engine.resolve import make_augmentation, make_backbone_builder, settle
+from fastcil.engine.resolve import make_augmentation, make_backbone_builder, natural_look, settle
 from fastcil.engine.weights import starting_from
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import (
@@ -53,6 +53,22 @@ class Parts:
     context: EngineContext
     device: torch.device
     offered: Tensor | None = None
+
+    @classmethod
+    def for_images(
+        cls,
+        images: ImageStore,
+        settings: Settings,
+        budget: Budget,
+        device: torch.device,
+        backbone: Callable[[], nn.Module] | None,
+    ) -> Parts:
+        """Makes everything for these images, and memory where they are; see `build`."""
+        size, crop = natural_look(images, settings.groups["augment"])
+        parts = cls.build(settings, budget, device, size, crop, backbone)
+        # A batch is read from stores on one device.
+        parts.memory.to(images.device)
+        return parts
 
     @classmethod
     def build(

@@ -22,7 +22,6 @@ from fastcil.nn.ranks import current
 
 Place = Literal["device", "host", "disk"]
 _SHARE = 0.5  # of what is free; the rest is for networks, activations and decoded exemplars
-_HOST = {True: "pinned host memory", False: "host memory"}
 
 
 @dataclass(frozen=True)
@@ -214,20 +213,18 @@ def move(dataset: Dataset, place: Place, device: torch.device) -> Dataset:
     def moved(examples: Examples) -> Examples:
         if place == "device":
             return examples.to(device)
-        return Examples(_in_host_memory(examples.images, device), examples.labels)
+        return Examples(_in_host_memory(examples.images), examples.labels)
 
     if place == "disk":
         return dataset
     return replace(dataset, train=moved(dataset.train), test=moved(dataset.test))
 
 
-def _in_host_memory(images: ImageStore, device: torch.device) -> ImageStore:
-    """Images in memory, in pages that a CUDA device can read where there is one."""
-    pinned = device.type == "cuda"
-    there = images.device.type == "cpu" and images.mapped is None
-    if there and (not pinned or images.pixels.is_pinned()):
+def _in_host_memory(images: ImageStore) -> ImageStore:
+    """Images in memory; batches of them, which the host reads, go to a device by `ops.send`."""
+    if images.device.type == "cpu" and images.mapped is None:
         return images
-    return images.compact(torch.device("cpu"), pinned)
+    return images.compact(torch.device("cpu"))
 
 
 def _line(place: Place, room: Room, device: torch.device) -> str:
@@ -237,5 +234,5 @@ def _line(place: Place, room: Room, device: torch.device) -> str:
         assert room.device_free is not None
         return f"images on {device}: {size} of {format_size(room.device_free)} free"
     if place == "host":
-        return f"images in {_HOST[room.device_free is not None]}: {size}"
+        return f"images in host memory: {size}"
     return f"images memory-mapped: {size}, with {format_size(room.host_free)} of memory free"

@@ -25,7 +25,7 @@ from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.presets import merge_options, preset_arguments
 from fastcil.engine.probe import probes
 from fastcil.engine.profile_table import LaneProfile, OpTime, Profile, StageProfile, TaskProfile
-from fastcil.engine.resolve import natural_look, pick_device
+from fastcil.engine.resolve import pick_device
 from fastcil.engine.scenario import Arrival, Scenario, pick
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget
@@ -121,16 +121,8 @@ class _Profiler:
         self.settings = replace(plan.settings, groups=groups)
         if engine.threads is not None:
             torch.set_num_threads(engine.threads)
-        images = plan.dataset.train.images
-        self.parts = Parts.build(
-            self.settings,
-            plan.budget,
-            pick_device(plan.device),
-            *natural_look(images, groups["augment"]),
-            plan.backbone,
-        )
-        # Exemplars lie where the images do, as in a run.
-        self.parts.memory.to(images.device)
+        images, device = plan.dataset.train.images, pick_device(plan.device)
+        self.parts = Parts.for_images(images, self.settings, plan.budget, device, plan.backbone)
 
     def run(self, tasks: int) -> Profile:
         """The first tasks, measured; writes what was found."""

@@ -18,7 +18,7 @@ from fastcil.engine.lesson import Lesson
 from fastcil.engine.online import leading, taken
 from fastcil.engine.parts import Parts
 from fastcil.engine.plan import Plan
-from fastcil.engine.resolve import natural_look, pick_device
+from fastcil.engine.resolve import pick_device
 from fastcil.engine.scenario import Arrival, positions
 from fastcil.engine.state import random_state, set_random_state
 from fastcil.memory import Budget
@@ -102,14 +102,8 @@ def rehearse(plan: Plan) -> list[RehearsedTask]:
         torch.set_num_threads(engine.threads)
     images = plan.dataset.train.images
     budget = Budget(_KEPT, "images", growing=True) if plan.budget.amount else Budget(0)
-    parts = Parts.build(
-        settings,
-        budget,
-        pick_device(plan.device),
-        *natural_look(images, settings.groups["augment"]),
-        plan.backbone,
-    )
-    parts.memory.to(images.device)
+    device = pick_device(plan.device)
+    parts = Parts.for_images(images, settings, budget, device, plan.backbone)
     try:
         return [
             _rehearse_task(plan, parts, replace(settings), number)

@@ -92,6 +92,9 @@ class _Lane:
                 self.scaler.scale(loss).backward()
             with phase("optimiser"):
                 self._advance()
+        # A step may update several times: its next forward pass must not see the halves that
+        # autocast made of the weights before.
+        torch.clear_autocast_cache()
 
     def _advance(self) -> None:
         """Clips the gradients and steps the optimiser."""

@@ -11,6 +11,7 @@ from fastcil.data import Augmentation, Examples, ImageStore
 from fastcil.data.ranks import rank_in_class
 from fastcil.memory.episodes import Episodes
 from fastcil.nn.image_autoencoder import decode
+from fastcil.nn.same_kernels import same_kernels
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def regenerate(
         decoder = episodes.decoders[number].float()
         for some, codes in episodes.samples(drawn[reader == number], generator):
             # A resumed run makes them again: cuDNN must not choose how by chance.
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            with same_kernels():
                 images = decode(decoder, codes, width, augmentation.size)
             pixels.append(_as_bytes(images, augmentation).permute(0, 2, 3, 1).reshape(-1).cpu())
             found.append(some)

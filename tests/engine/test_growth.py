@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.parts import Parts
 from fastcil.engine.plan import make_plan
-from fastcil.engine.resolve import natural_look, pick_device
+from fastcil.engine.resolve import pick_device
 
 TASKS = 5
 DATA = f"scenes:classes={2 * TASKS},size=32,train_per_class=6,test_per_class=1"
@@ -66,8 +66,8 @@ def count(method):
     """Operators of a step, numbers it trains and tensors held, after each task."""
     stream = (DATA, f"lfs-{TASKS}", "20 images")
     plan = make_plan(method, *stream, None, (0,), "cpu", ConvNet, OPTIONS)
-    look = natural_look(plan.dataset.train.images, plan.settings.groups["augment"])
-    parts = Parts.build(plan.settings, plan.budget, pick_device("cpu"), *look, ConvNet)
+    images, device = plan.dataset.train.images, pick_device("cpu")
+    parts = Parts.for_images(images, plan.settings, plan.budget, device, ConvNet)
     found = []
     for number in range(TASKS):
         task = plan.scenario.task(number, plan.dataset.train, parts.memory.examples())

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcil
+import fastcil.engine.learner
+from fastcil.data import load_examples
 from fastcil.engine.trainer import Trainer
 from fastcil.ops import send
 
@@ -39,9 +41,20 @@ def learn_two_tasks(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
     in_step: Callable[[], Any],
+    placed: str = "host",
     **options: Any,
 ) -> None:
-    """Learns two tasks of two classes; each step runs inside of what ``in_step`` gives."""
+    """Learns two tasks of two classes; each step runs inside of what ``in_step`` gives.
+
+    Images are ``placed`` in host memory or on the device.
+    """
+
+    def load_there(data: Any, **named: Any) -> Any:
+        examples, names = load_examples(data, **named)
+        return examples.to(torch.device(device)), names
+
+    if placed == "device":
+        monkeypatch.setattr(fastcil.engine.learner, "load_examples", load_there)
     method = composition.partition("+")[0]
     options = {**OPTIONS, **OWN.get(method, {}), **options}
     del options["engine.checkpoint_seconds"]
@@ -87,9 +100,15 @@ def test_no_step_waits_for_the_device(composition: str, monkeypatch) -> None:
     assert waits_of(composition, monkeypatch) == []
 
 
+@pytest.mark.parametrize("composition", ["er", "foster+cim", "gem+samc"])
+def test_no_step_waits_for_images_on_the_device(composition: str, monkeypatch) -> None:
+    assert waits_of(composition, monkeypatch, placed="device") == []
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("placed", ["host", "device"])
 @pytest.mark.parametrize("composition", CASES)
-def test_no_step_waits_for_a_cuda_device(composition: str, monkeypatch) -> None:
+def test_no_step_waits_for_a_cuda_device(composition: str, placed: str, monkeypatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
@@ -101,7 +120,7 @@ def test_no_step_waits_for_a_cuda_device(composition: str, monkeypatch) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    learn_two_tasks(composition, "cuda", monkeypatch, in_step)
+    learn_two_tasks(composition, "cuda", monkeypatch, in_step, placed)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import qpsolvers
 import torch
 from torch.nn import functional as F
 
@@ -16,6 +15,8 @@ from fastcil.errors import FastcilError
 from fastcil.methods.a_gem import AGEM
 from fastcil.methods.finetune import Finetune
 from fastcil.methods.gem import GEM
+
+qpsolvers = pytest.importorskip("qpsolvers")
 
 BOTH = [GEM, AGEM]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastcil import Learner
 from fastcil.errors import FastcilError
-from fastcil.methods.mer import MER
+from fastcil.methods.mer import MER, _OuterStage
 
 
 class Flat(nn.Module):
@@ -342,3 +342,23 @@ def test_one_image_at_a_time_as_published():
 def test_odd_settings_are_a_sentence(options, says):
     with pytest.raises(FastcilError, match=says):
         MER.Config(**options)
+
+
+def test_in_half_precision_every_inner_step_sees_the_weights_of_the_one_before(monkeypatch) -> None:
+    """Autocast keeps the halves it makes of weights for as long as a step of the stage lasts."""
+    seen: list[tuple[float, float]] = []
+    inner = _OuterStage._inner
+
+    def watched(stage, batch, stepper):
+        kept = sum(stage.loss(batch).values()).detach()
+        torch.clear_autocast_cache()
+        seen.append((float(kept), float(sum(stage.loss(batch).values()).detach())))
+        return inner(stage, batch, stepper)
+
+    monkeypatch.setattr(_OuterStage, "_inner", watched)
+    options = {"engine.precision": "bf16", "engine.progress": False, "engine.epoch_scale": 0.01}
+    learner = Learner("mer", memory="4 images", backbone=ConvNet, **options)
+    rng = np.random.default_rng(0)
+    learner.learn({name: rng.integers(0, 256, (6, 8, 8, 3), np.uint8) for name in "ab"})
+    assert len(seen) > 3 and len({new for _, new in seen}) > 3
+    assert all(kept == new for kept, new in seen)

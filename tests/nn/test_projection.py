@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import qpsolvers
 import torch
 
 import fastcil.nn.projection as projection
 from fastcil.errors import FastcilError
 from fastcil.nn import flat_gradient, project_gradient, remove_opposing, with_gradient
+
+qpsolvers = pytest.importorskip("qpsolvers")
 
 KINDS = ("independent", "equal", "opposite", "zero", "dependent", "scaled")
 

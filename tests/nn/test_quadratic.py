@@ -6,11 +6,12 @@ from itertools import product
 
 import numpy as np
 import pytest
-import qpsolvers
 import torch
 
 from fastcil.errors import FastcilError
 from fastcil.nn import minimize_above
+
+qpsolvers = pytest.importorskip("qpsolvers")
 
 
 def normal(*shape):

@@ -6,6 +6,7 @@ program, and in the layouts that the kernels tell apart.
 
 from __future__ import annotations
 
+import os
 from itertools import product
 
 import pytest
@@ -30,7 +31,10 @@ device_of_test = pytest.mark.parametrize("device", DEVICES)
 
 @pytest.fixture(autouse=True)
 def filled(poison):
-    """What no kernel wrote is NaN, or 255."""
+    """What no kernel wrote is NaN, or 255; a tool that looks for such bytes must find them."""
+    if os.environ.get("FASTCIL_POISON") == "0":
+        yield
+        return
     with poison():
         yield
 
