@@ -224,15 +224,14 @@ def _config(options: Options, photos: Photos) -> dict[str, Any]:
 def claims(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the supplement says of each strategy, and whether it is seen here.
 
-    Figures are BD-rates against the pre-trained codec on the same images, in percent: below zero is
-    better. None where two curves share no PSNR.
+    Figures are BD-rates on the same images, against the pre-trained codec where nothing else is
+    said, in percent: below zero is better. None where two curves share no PSNR.
     """
 
-    def rate(what: str, curve: str) -> float | None:
+    def rate(what: str, curve: str, base: str = PRETRAINED) -> float | None:
         curves = results[what]["curves"]
         pairs = [
-            [(point["bpp"], point["psnr"]) for point in curves[name]]
-            for name in (PRETRAINED, curve)
+            [(point["bpp"], point["psnr"]) for point in curves[name]] for name in (base, curve)
         ]
         try:
             return bd_rate(*pairs)
@@ -260,9 +259,10 @@ def claims(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows.append(row("data: kr is clearly better than before on new data", new, kr < -_FLAT))
     for what in ("low-to-high", "high-to-low"):
         prefix = what.replace("-", " ")
-        own = {s: rate(what, f"{prefix}, {s}") for s in ("kr", "enc-dec")}
-        a, b = (x if x is not None else 0.0 for x in own.values())
-        rows.append(row(f"{prefix}: kr is best at its own rates", own, a <= b))
+        # The pre-trained codec has no figures at the new rates: with each other they are compared.
+        own = {"kr against enc-dec": rate(what, f"{prefix}, kr", f"{prefix}, enc-dec")}
+        (against,) = (0.0 if x is None else x for x in own.values())
+        rows.append(row(f"{prefix}: kr is best at its own rates", own, against < 0))
     return rows
 
 

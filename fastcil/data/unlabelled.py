@@ -23,9 +23,9 @@ def load_images(source: Any, *, limit: int | None = None, skip_bad: bool = False
     """Read images for training that needs no labels; all get label 0.
 
     Of a folder or a tar every image file is taken, at any depth, in the order of their paths: the
-    folders of COCO and of CelebA-HQ, a camera's, or one of classes, whose parts for training and
-    test are not told apart. Images keep their own size. They are held in memory as they are, so a
-    large set may need ``limit``.
+    folders of COCO and of CelebA-HQ, or a camera's. Of one that has parts for training and test,
+    ``train/...`` and ``test/...``, only those for training are. Images keep their own size. They
+    are held in memory as they are, so a large set may need ``limit``.
 
     Args:
         source: a path, looked for under FASTCIL_DATA too; an `ImageStore`, `Examples`, or anything
@@ -81,6 +81,8 @@ def _read_tree(path: Path, limit: int | None, skip_bad: bool) -> Examples:
     """The image files under a folder or in a tar."""
     listing = list_source(path)
     files = sorted(listing.files)
+    if {"train", "test"} <= {file[0] for file in files if len(file) > 1}:
+        files = [file for file in files if file[0] == "train"]
     if not files:
         raise DataError(
             f"{path} holds no image; give a folder or a tar with files that end in "

@@ -63,6 +63,13 @@ def test_a_limit_takes_images_evenly(tree: Path, limit: int, places: list[int] |
     assert greys(load_images(labelled, limit=limit)) == expected
 
 
+def test_of_parts_for_training_and_test_one_learns_from_the_former(tree: Path) -> None:
+    (tree / "train2017").rename(tree / "train")
+    assert greys(load_images(tree)) == SORTED
+    (tree / "a").rename(tree / "test")
+    assert greys(load_images(tree)) == [4]
+
+
 def test_labelled_sources_lose_their_labels() -> None:
     assert len(load_images("scenes:classes=2,size=32,train_per_class=3,test_per_class=1")) == 6
     pair = (np.zeros((3, 8, 8, 3), np.uint8), np.arange(3))
