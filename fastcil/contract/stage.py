@@ -133,6 +133,8 @@ class Stage:
         steps: Steps of an epoch or, of a companion, of each visit; 0 to read the first stream once.
         behind: Whether it stands behind the stream, on images held meanwhile: in an online scenario
             its recipe keeps its length. What serves the memory, such as an autoencoder, does so.
+        unmoved: Gives parameters with masks of their entries, broadcast to them, that no step
+            changes: weight decay would shrink the heads of tasks that the loss has nothing of.
         compiled: The objective as `torch.compile` made it, for steps that need first derivatives
             only (it refuses double backward); set by the trainer.
     """
@@ -151,6 +153,7 @@ class Stage:
     companions: list[Stage] = field(default_factory=list)
     steps: int = 0
     behind: bool = False
+    unmoved: Callable[[], Iterable[tuple[nn.Parameter, Tensor]]] | None = None
     compiled: Callable[[Batch], Losses] | None = None
 
     def call(

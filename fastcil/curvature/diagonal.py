@@ -25,7 +25,7 @@ class DiagonalFisher:
     Fisher information's own diagonal, with ``empirical`` ones the empirical Fisher's that EWC is
     often implemented with (Kirkpatrick et al. 2017, Eq. 3). ``per="batch"`` squares the mean
     gradient of a batch instead, as much released code does: smaller by the batch size where
-    gradients are independent.
+    gradients are independent. A batch counts by its samples.
 
     Gradients of single samples are taken by torch.func over the whole network, in evaluation mode:
     batch statistics would mix samples.
@@ -40,7 +40,7 @@ class DiagonalFisher:
         chunk: Samples whose gradients are held at a time.
 
     Attributes:
-        count: Samples (or batches) added so far.
+        count: Samples added so far.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -92,14 +92,15 @@ class DiagonalFisher:
             samples=self._samples,
             generator=generator,
         )
+        each = 1 if self._per == "sample" else len(inputs)
         for vector in vectors:
             found = gradients_of_samples(
                 self.model, self.names, inputs, vector, self._per, self._chunk
             )
             for gradients in found:
                 for name, gradient in gradients.items():
-                    self._sums[name] += gradient.square().sum(0)
-        self.count += len(inputs) if self._per == "sample" else 1
+                    self._sums[name] += each * gradient.square().sum(0)
+        self.count += len(inputs)
 
     def values(self) -> dict[str, Tensor]:
         """F by parameter name, of the parameters' shapes.
@@ -157,12 +158,13 @@ class MemoryAwareSynapses:
         """Adds a batch; labels and generator are not needed."""
         with torch.no_grad():
             vector = 2 * self.model(inputs)
+        each = 1 if self._per == "sample" else len(inputs)
         for gradients in gradients_of_samples(
             self.model, self.names, inputs, vector, self._per, self._chunk
         ):
             for name, gradient in gradients.items():
-                self._sums[name] += gradient.abs().sum(0)
-        self.count += len(inputs) if self._per == "sample" else 1
+                self._sums[name] += each * gradient.abs().sum(0)
+        self.count += len(inputs)
 
     def values(self) -> dict[str, Tensor]:
         """Ω by parameter name.

@@ -32,6 +32,8 @@ class DiagonalCurvature(Curvature):
         model: The network.
         names: Parameters it is about.
         make: Makes an empty accumulator of the model.
+        identity: Layers whose output factor is the identity, as `KroneckerCurvature` has them: all
+            their units have the mean of those measured.
     """
 
     def __init__(
@@ -39,16 +41,21 @@ class DiagonalCurvature(Curvature):
         model: nn.Module,
         names: Sequence[str],
         make: Callable[[], DiagonalFisher | MemoryAwareSynapses],
+        identity: Sequence[str] = (),
     ) -> None:
         super().__init__(model, names)
         self._make = make
+        self._alike = {name for name in names if name.rpartition(".")[0] in identity}
         self._values: dict[str, Tensor] = {}
 
     def measure(self, scan: Scan, generator: torch.Generator) -> None:
         """By one pass."""
         sums = self._make()
         scan(lambda images, labels: sums.update(images, labels, generator=generator))
-        self._values = sums.values()
+        self._values = {
+            name: value.mean(0, keepdim=True) if name in self._alike else value
+            for name, value in sums.values().items()
+        }
 
     def merge(self, other: DiagonalCurvature, mine: float, theirs: float) -> None:
         """The weighted sum, exactly; what one of them has not is zero (a head that grew)."""
@@ -68,7 +75,14 @@ class DiagonalCurvature(Curvature):
         """A block for each parameter."""
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         return [
-            ((name,), diagonal_product(grown(value, shapes[name])))
+            (
+                (name,),
+                diagonal_product(
+                    value.expand(shapes[name])
+                    if name in self._alike
+                    else grown(value, shapes[name])
+                ),
+            )
             for name, value in self._values.items()
         ]
 
@@ -99,7 +113,8 @@ class KroneckerCurvature(Curvature):
         self.of_batches = options.get("kind") == "xkfac"
 
     def _empty(self) -> KroneckerFactors:
-        return KroneckerFactors(self.model, self._layers, **self._options)
+        # Of inputs alone, none of them weighed by gradients.
+        return KroneckerFactors(self.model, self._layers, plain=self._identity, **self._options)
 
     def measure(self, scan: Scan, generator: torch.Generator) -> None:
         """By one pass."""
@@ -148,13 +163,21 @@ class EigenCurvature(Curvature):
     Args:
         model: The network.
         layers: Paths of its layers.
+        identity: Layers whose output factor is the identity, as `KroneckerCurvature` has them.
         **options: Of `KroneckerFactors`, but for ``kind``.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        identity: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         found = find_layers(model, layers)
         super().__init__(model, [name for layer in found for name in layer.parameters])
         self._layers, self._options = tuple(layers), options
+        self._turned = tuple(name for name in layers if name not in identity)
         self._parameters = {layer.name: tuple(layer.parameters) for layer in found}
         self._factors = KroneckerFactors(model, self._layers, **options)
         self._blocks: dict[str, EigenBlock] = {}
@@ -169,7 +192,8 @@ class EigenCurvature(Curvature):
         self._blocks = correction.blocks()
 
     def _basis(self) -> dict[str, EigenBlock]:
-        return eigenbasis({name: block for name, (block,) in self._factors.dense().items()})
+        dense = self._factors.dense()
+        return eigenbasis({name: dense[name][0] for name in self._turned})
 
     def merge(self, other: EigenCurvature, mine: float, theirs: float) -> None:
         """The diagonal of the weighted sum, in the basis of the merged factors."""
@@ -197,13 +221,17 @@ class EigenCurvature(Curvature):
         )
         self._blocks = {
             name: EigenBlock(*(tensors[f"blocks/{name}/{k}"] for k in EigenBlock._fields))
-            for name in self._layers
+            for name in self._turned
         }
 
     def products(self) -> list[tuple[tuple[str, ...], Product]]:
         """A block for each layer."""
         shapes = dict(self.model.named_parameters())
         blocks: list[tuple[tuple[str, ...], Product]] = []
+        if len(self._turned) < len(self._layers):
+            dense = self._factors.dense()
+            alike = [name for name in self._layers if name not in self._turned]
+            blocks = [(self._parameters[name], _right_product(dense[name])) for name in alike]
         for name, block in self._blocks.items():
             parameters = self._parameters[name]
             rows = shapes[parameters[0]].shape[0]
@@ -268,7 +296,8 @@ def make_curvature(
         estimator: Of the expectation over labels, as there.
         samples: Draws per sample, as there.
         per: For diagonals, whose gradient is taken: a ``sample``'s, or a ``batch``'s.
-        identity: Layers whose output factor is the identity, for ``kfac`` and its like.
+        identity: Layers whose output factor is the identity, whatever units they have or come to
+            have; with ``mas`` there are none.
 
     Raises:
         FastcilError: An unknown kind, or arguments that don't go together.
@@ -289,7 +318,7 @@ def make_curvature(
     if kind == "diagonal":
         wanted = _trained(model, names)
         return DiagonalCurvature(
-            model, wanted, lambda: DiagonalFisher(model, wanted, per=per, **options)
+            model, wanted, lambda: DiagonalFisher(model, wanted, per=per, **options), identity
         )
     if kind == "mas":
         wanted = _trained(model, names)
@@ -300,7 +329,7 @@ def make_curvature(
         )
     layers = [layer.name for layer in find_layers(model, names)]
     if kind == "ekfac":
-        return EigenCurvature(model, layers, **options)
+        return EigenCurvature(model, layers, identity, **options)
     return KroneckerCurvature(model, layers, identity, kind=kind, **options)
 
 

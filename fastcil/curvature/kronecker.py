@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -67,6 +67,7 @@ class KroneckerFactors:
         estimator: Of the expectation over labels, as there.
         samples: Draws per sample, as there.
         sharing: ``expand`` or ``reduce``, for ``kfac``.
+        plain: Layers that have the factors of ``kfac`` whatever the kind.
         dtype: Of the sums; None for that of the weights, or float32 where these are half.
 
     Attributes:
@@ -95,6 +96,7 @@ class KroneckerFactors:
         estimator: Estimator = "sampled",
         samples: int = 1,
         sharing: Literal["expand", "reduce"] = "expand",
+        plain: Collection[str] = (),
         dtype: torch.dtype | None = None,
     ) -> None:
         if kind not in ("kfac", "tkfac", "xkfac"):
@@ -116,7 +118,10 @@ class KroneckerFactors:
         if dtype is None:
             weight: Any = self._layers[0].module.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
-        self._sums = {layer.name: _LayerSums(layer, kind, sharing, dtype) for layer in self._layers}
+        self._sums = {
+            layer.name: _LayerSums(layer, "kfac" if layer.name in plain else kind, sharing, dtype)
+            for layer in self._layers
+        }
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -258,7 +263,7 @@ class _LayerSums:
         module: Any = layer.module
         outputs = module.weight.shape[0]
         self.outputs = ConvInputFactor(outputs, 1, groups=self.groups, dtype=dtype)
-        self.extra: dict[str, Tensor] = {}  # delta of tkfac; sums over pairs of xkfac
+        self.extra: dict[str, Tensor] = {}  # delta and rows of tkfac; sums over pairs of xkfac
         # Of every call of a batch under way: traces of output gradients, norms of inputs.
         self._traces: dict[int, Any] = {}
         self._norms: dict[int, Tensor] = {}
@@ -297,6 +302,7 @@ class _LayerSums:
             if self.kind == "tkfac":
                 traces = self._traces.pop(call)
                 self._add_extra("delta", (self._norms.pop(call) * traces).sum(), first)
+                self._add_extra("rows", traces.new_tensor(float(len(traces))), first)
                 weights = traces.repeat_interleave(each)
             self.inputs.update(images, first, weights)
             if self.kind == "xkfac":
@@ -315,7 +321,9 @@ class _LayerSums:
         inner = self.inputs.dense()
         output = self.outputs.dense() * (self.outputs.count / count)
         if self.kind == "tkfac":
-            # Sums of single traces, divided by the sum of their products.
+            # Sums of single traces, divided by the sum of their products; of a layer that is called
+            # several times, or on several rows of a sample, sums over these.
+            inner = inner * (self.extra["rows"] / count)
             return [Factors(inner, output * (count / self.extra["delta"].clamp(min=1e-30)))]
         if self.kind == "xkfac":
             pairs = self.extra["pairs"].clamp(min=1)

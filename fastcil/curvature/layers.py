@@ -140,20 +140,25 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> list[La
     Raises:
         FastcilError: A name that is none, or one of another kind of module; no layer at all.
     """
-    known = (*_CONVOLUTIONS, *_LINEAR)
     modules = dict(model.named_modules())
     if names is None:
-        found = [Layer(name, m) for name, m in modules.items() if isinstance(m, known)]
+        found = [Layer(name, m) for name, m in modules.items() if _has_factors(m)]
         if not found:
             raise FastcilError(
                 f"model is a {type(model).__name__} without a convolution or a linear layer."
             )
         return found
     for name in names:
-        if not isinstance(modules.get(name), known):
+        if name not in modules or not _has_factors(modules[name]):
             kind = type(modules[name]).__name__ if name in modules else "no module of the model"
             raise FastcilError(f"layer '{name}' is {kind}; name Conv2d or Linear layers.")
     return [Layer(name, modules[name]) for name in names]
+
+
+def _has_factors(module: nn.Module) -> bool:
+    """Whether a module is a product of its inputs; a head of unit vectors is one of others."""
+    known = isinstance(module, (*_CONVOLUTIONS, *_LINEAR))
+    return known and not getattr(module, "normalised", False)
 
 
 @contextmanager

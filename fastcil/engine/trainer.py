@@ -97,7 +97,7 @@ class _Lane:
         torch.clear_autocast_cache()
 
     def _advance(self) -> None:
-        """Clips the gradients and steps the optimiser."""
+        """Clips the gradients and steps the optimiser; what is not to move is put back."""
         recipe = self.stage.recipe
         if recipe.clip or recipe.clip_value:
             self.scaler.unscale_(self.optimizer)
@@ -105,8 +105,13 @@ class _Lane:
             nn.utils.clip_grad_value_(self.parameters, recipe.clip_value)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
+        unmoved = self.stage.unmoved() if self.stage.unmoved is not None else ()
+        still = [(p, mask, p.detach().clone()) for p, mask in unmoved]
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        with torch.no_grad():
+            for parameter, mask, before in still:
+                parameter.copy_(torch.where(mask, before, parameter))
 
     def add(self, losses: Losses) -> None:
         """Sums losses on the device: reading them would wait for it."""

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,7 +29,7 @@ from fastcil.curvature import Curvature
 from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
 from fastcil.curvature.layers import find_layers
 from fastcil.data import Examples
-from fastcil.nn import Network, Tensors, cross_entropy_among, outputs_of
+from fastcil.nn import Network, Tensors, cross_entropy_among, outputs_of, rows_of_others
 from fastcil.nn.lifecycle import linear_head, start_network
 
 FIRST = Recipe(epochs=200, lr=0.1, schedule="step", milestones=(60, 120, 170), weight_decay=5e-4)
@@ -104,7 +105,7 @@ class Anchored(Method):
     def stages(self, task: Task) -> list[Stage]:
         """One stage on the new data."""
         recipe = self.config.first if task.first else self.config.later
-        own = self.own(task)
+        own, head = self.own(task), linear_head(self.network)
         weight = self.weight(task) if len(self.kept) else 0.0
 
         def objective(batch: Batch) -> Losses:
@@ -120,6 +121,7 @@ class Anchored(Method):
                 parameters=self._start,
                 primary=True,
                 logits=self.logits,
+                unmoved=None if own is None else partial(rows_of_others, head, own),
             )
         ]
 
@@ -166,7 +168,7 @@ class Anchored(Method):
         """Measures the curvature at the task's end and adds it to that of the tasks before."""
         new = self.curvature()
         scan = scan_of(self.context, self.network, self.looked_at(task), new.of_batches)
-        with _outputs_among(self.network, self.own(task)):
+        with outputs_among(self.network, self.own(task)):
             new.measure(scan, draws(task.index, torch.initial_seed()))
         old = None
         if len(self.kept):
@@ -183,15 +185,21 @@ class Anchored(Method):
 
 
 @contextmanager
-def _outputs_among(network: nn.Module, own: Tensor | None) -> Iterator[None]:
-    """Gives outputs that are not among ``own`` [K] no probability."""
+def outputs_among(
+    network: nn.Module, own: Tensor | None, fill: float | None = None
+) -> Iterator[None]:
+    """Puts ``fill`` in the place of outputs that are not among ``own`` [K].
+
+    The least number there is, which gives them no probability, or 0 for squared error.
+    """
     if own is None:
         yield
         return
 
     def mask(_: nn.Module, __: Any, outputs: Tensor) -> Tensor:
         # Not minus infinity: times the zero that is its share of a gradient it would be NaN.
-        return outputs.masked_fill(~own, torch.finfo(outputs.dtype).min)
+        least = torch.finfo(outputs.dtype).min
+        return outputs.masked_fill(~own, least if fill is None else fill)
 
     handle = network.register_forward_hook(mask)
     try:

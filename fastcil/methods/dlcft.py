@@ -29,9 +29,19 @@ from fastcil.curvature import Curvature, make_curvature
 from fastcil.curvature.anchor import Hold, draws, keep, kept_curvature, scan_of
 from fastcil.errors import FastcilError
 from fastcil.memory.replay import replay_streams
-from fastcil.methods.anchored import held_layers, held_parameters
+from fastcil.methods.anchored import held_layers, held_parameters, outputs_among
 from fastcil.methods.recipes import FINETUNING
-from fastcil.nn import Network, Tensors, build_module, leaky, linearize, masked_mean, outputs_of
+from fastcil.nn import (
+    Network,
+    TaskOutputs,
+    Tensors,
+    build_module,
+    leaky,
+    linearize,
+    masked_mean,
+    outputs_of,
+    rows_of_others,
+)
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _RECIPE = Recipe(
@@ -87,7 +97,7 @@ class DLCFT(Method):
                 as Eq. 11 weighs their losses; ``text``, the old one (t - 1) / (2t - 1), the new one
                 t / (2t - 1), as Sec. 4.1 words it.
             head: ``all`` known classes share one classifier, whose weights are held too; or each
-                ``task`` has its own, which nothing holds.
+                ``task`` has its own, which nothing holds, and exemplars alone move once it is over.
             classifier: ``joint`` or ``static``.
             ridge: Of the static classifier's regression, in shares of the features' mean square.
             linear: Whether the extractor is linearised; without, in the ablations of Table 3, it
@@ -148,6 +158,7 @@ class DLCFT(Method):
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.kept = Tensors()
+        self.outputs = TaskOutputs(config.head)
         self.register_buffer("static", torch.empty(0, 0))
         self._hold: Hold | None = None
 
@@ -171,7 +182,10 @@ class DLCFT(Method):
             self.network = start_network(self._extractor(self.context.make_backbone), task.total)
         else:
             linear_head(self.network).grow(task.total)
+        self.outputs.add(len(task.new_classes))
         head = linear_head(self.network)
+        # What it can't be made of is told before anything is trained.
+        self._curvature()
         if self.config.loss == "squared":
             with torch.no_grad():
                 head.weight[task.known :].zero_()
@@ -213,26 +227,32 @@ class DLCFT(Method):
         config = self.config
         recipe = config.first if task.first else config.later
         streams = replay_streams(task, recipe.batch_size)
-        own = None
-        if config.head == "task":
-            own = outputs_of(task.classes, task.total)
-            own = own.to(linear_head(self.network).weight.device)
+        own, replays, unmoved = self._own(task), len(streams) > 1, None
+        if own is not None and not replays:
+            unmoved = partial(rows_of_others, linear_head(self.network), own)
         return [
             Stage(
                 name="dlcft",
                 method=self,
-                objective=partial(self._loss, own, task.index + 1, len(streams) > 1),
+                objective=partial(self._loss, task.index + 1, replays),
                 streams=streams,
                 recipe=recipe,
                 parameters=self._start,
                 primary=True,
                 logits=self.logits,
+                unmoved=unmoved,
             )
         ]
 
-    def _loss(self, own: Tensor | None, tasks: int, replays: bool, batch: Batch) -> Losses:
+    def _own(self, task: Task) -> Tensor | None:
+        """Outputs [K] of the task's head, None where all share one."""
+        if self.config.head == "all":
+            return None
+        return outputs_of(task.classes, task.total).to(linear_head(self.network).weight.device)
+
+    def _loss(self, tasks: int, replays: bool, batch: Batch) -> Losses:
         """Squared error of new images and, with (t - 1) / t, the penalty and memory's error."""
-        errors = self._errors(batch, own)
+        errors = self._errors(batch)
         new = batch.part == 0
         losses = {"classification": masked_mean(errors, new) / tasks}
         share, lam = (tasks - 1) / tasks, self.config.lam if replays else 1.0
@@ -242,21 +262,18 @@ class DLCFT(Method):
             losses["penalty"] = share * lam * self._penalty()
         return losses
 
-    def _errors(self, batch: Batch, own: Tensor | None) -> Tensor:
+    def _errors(self, batch: Batch) -> Tensor:
         """Half the squared distance to the target, summed over classes (Eq. 5), or CE, [B].
 
-        Among the task's own classes alone where every task has a head; an exemplar of another has
-        no target there and counts among all.
+        Where every task has a head, among the outputs of that of the image's own task.
         """
         logits = self.logits(batch.images)
         if self.config.loss == "softmax":
-            among = None if own is None else own | (batch.part == 1)[:, None]
-            shown = logits if among is None else logits.masked_fill(~among, -torch.inf)
-            return F.cross_entropy(shown, batch.labels, reduction="none")
+            return self.outputs.cross_entropy(logits, batch.labels, "none")
         targets = self.config.alpha * F.one_hot(batch.labels, logits.shape[1]).to(logits)
         squares = (targets - logits).square()
-        if own is not None:
-            squares = squares * (own | (batch.part == 1)[:, None])
+        if self.config.head == "task":
+            squares = squares * self.outputs.own(batch.labels, logits.shape[1])
         return 0.5 * squares.sum(1)
 
     def _penalty(self) -> Tensor:
@@ -289,14 +306,16 @@ class DLCFT(Method):
             likelihood="gaussian" if squared else "categorical",
             estimator=config.estimator,
             samples=config.samples,
-            identity=[name for name in layers if name == "network.head" and squared],
+            identity=["network.head"] if squared and config.head == "all" else [],
         )
 
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and merges it with those before."""
         new, tasks = self._curvature(), task.index + 1
         drawn = draws(task.index, torch.initial_seed())
-        new.measure(scan_of(self.context, self, task.examples), drawn)
+        squared = self.config.loss == "squared"
+        with outputs_among(new.model, self._own(task), 0.0 if squared else None):
+            new.measure(scan_of(self.context, self, task.examples), drawn)
         if len(self.kept):
             old = self._curvature()
             old.load_tensors(kept_curvature(self.kept))

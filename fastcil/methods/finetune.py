@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from fastcil.contract import (
@@ -17,7 +18,7 @@ from fastcil.contract import (
     check_choices,
 )
 from fastcil.methods.recipes import BASE_SESSION, FINETUNING, PYCIL_FIRST, online, session
-from fastcil.nn import TaskOutputs
+from fastcil.nn import TaskOutputs, outputs_of, rows_of_others
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _LATER = Recipe(epochs=80, lr=0.1, schedule="step", milestones=(40, 70), weight_decay=2e-4)
@@ -89,6 +90,10 @@ class Finetune(Method):
     def stages(self, task: Task) -> list[Stage]:
         """One stage on the new data."""
         recipe = self.config.first if task.first else self.config.later
+        head, unmoved = linear_head(self.network), None
+        if self.config.head == "task":
+            own = outputs_of(task.classes, task.total).to(head.weight.device)
+            unmoved = partial(rows_of_others, head, own)
         return [
             Stage(
                 name="finetune",
@@ -99,6 +104,7 @@ class Finetune(Method):
                 parameters=self.network.trained_parameters,
                 primary=True,
                 logits=self.logits,
+                unmoved=unmoved,
             )
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,7 +31,13 @@ from fastcil.curvature.curvature import grown
 from fastcil.curvature.penalty import diagonal_product
 from fastcil.methods.anchored import FIRST, LATER, held_parameters
 from fastcil.methods.recipes import FINETUNING
-from fastcil.nn import Tensors, cross_entropy_among, outputs_of, with_gradient
+from fastcil.nn import (
+    Tensors,
+    cross_entropy_among,
+    outputs_of,
+    rows_of_others,
+    with_gradient,
+)
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _CIFAR10 = Recipe(
@@ -183,6 +190,7 @@ class _PathStage(Stage):
             parameters=si.network.trained_parameters,
             primary=True,
             logits=si.logits,
+            unmoved=None if own is None else partial(rows_of_others, linear_head(si.network), own),
         )
         self._si = si
 

@@ -53,4 +53,5 @@ from fastcil.nn.shares import in_shares as in_shares
 from fastcil.nn.tangent import TangentConv2d as TangentConv2d
 from fastcil.nn.tangent import TangentLinear as TangentLinear
 from fastcil.nn.task_outputs import TaskOutputs as TaskOutputs
+from fastcil.nn.task_outputs import rows_of_others as rows_of_others
 from fastcil.nn.tensors import Tensors as Tensors

@@ -8,6 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastcil.nn.heads import LinearHead
+
+
+def rows_of_others(head: LinearHead, own: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """Parameters of a head, with masks of what belongs to other outputs than ``own`` [K].
+
+    Example:
+        >>> head = LinearHead(2, 3)
+        >>> [mask.flatten().tolist() for _, mask in rows_of_others(head, torch.arange(3) == 1)]
+        [[True, False, True], [True, False, True]]
+    """
+    rows: list[tuple[nn.Parameter, Tensor]] = [(head.weight, ~own[:, None])]
+    return rows if head.bias is None else [*rows, (head.bias, ~own)]
+
 
 class TaskOutputs(nn.Module):
     """Which of a growing head's outputs each task brought.

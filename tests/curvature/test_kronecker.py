@@ -99,6 +99,35 @@ def test_the_trace_of_tkfac_is_the_fishers():
         assert traces["kfac"][name] != pytest.approx(wanted, rel=1e-3)
 
 
+class Twice(nn.Module):
+    """A layer on seven rows of every sample, and called twice on each."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.layer, self.twice = nn.Linear(5, 4), twice
+
+    def forward(self, x):
+        rows = self.layer(x.reshape(-1, 5))
+        if self.twice:
+            rows = rows + self.layer(x.reshape(-1, 5).square())
+        return rows.unflatten(0, (len(x), 7)).sum(1)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_trace_of_tkfac_sums_over_rows_and_calls(twice):
+    model, x = Twice(twice).double(), draw(6, 7, 5)
+    factors = KroneckerFactors(
+        model, kind="tkfac", likelihood="gaussian", estimator="exact", dtype=torch.float64
+    )
+    for part in x.split(4):
+        factors.update(part)
+    (block,) = factors.dense()["layer"]
+    # Each of the four outputs has the gradient 1 at every row and call.
+    seen = [x.reshape(-1, 5), *([x.reshape(-1, 5).square()] if twice else [])]
+    total = sum(float((rows.square().sum(1) + 1).sum()) for rows in seen) * 4 / len(x)
+    assert float(block.input.trace() * block.output.trace()) == pytest.approx(total, rel=1e-12)
+
+
 def test_tkfac_of_a_convolution_keeps_the_trace_of_its_samples_factors():
     model, x = small_cnn(), draw(6, 2, 6, 6)
     factors = KroneckerFactors(

@@ -13,7 +13,7 @@ from fastcil.curvature import KroneckerFactors
 from fastcil.curvature.anchor import displacements, kept_curvature
 from fastcil.errors import FastcilError
 from fastcil.methods.dlcft import DLCFT
-from fastcil.nn import leaky
+from fastcil.nn import Tensors, leaky
 
 SIZES = (2, 3, 2)
 
@@ -199,6 +199,45 @@ def test_heads_of_their_own_are_not_held(lab):
     logits = method.network(batch.images)
     wanted = errors(logits[:, 2:5], batch.labels - 2).mean() / 2
     assert torch.allclose(stage.loss(batch)["classification"], wanted)
+
+
+@pytest.mark.parametrize("loss", ["squared", "softmax"])
+def test_the_curvature_is_that_of_the_task_s_own_head(lab, loss):
+    """However large the heads of other tasks are: the loss has nothing of them."""
+    found = []
+    for scale in (1.0, 100.0):
+        options = {"head": "task", "curvature": "diagonal", "estimator": "exact", "loss": loss}
+        method, (first, second, _) = make(lab, **options), lab.make_tasks(SIZES)
+        lab.learn(method, first)
+        method.begin_task(second)
+        shake(method)
+        with torch.no_grad():
+            method.network.head.weight[:2] *= scale
+        method.kept = Tensors()
+        method.end_task(second)
+        found.append(kept_curvature(method.kept))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_an_exemplar_is_compared_with_the_outputs_of_its_own_task(lab, replays):
+    method, tasks = make(lab, head="task"), lab.make_tasks(SIZES)
+    lab.learn(method, tasks[0])
+    second = tasks[1]
+    if not replays:
+        second = replace(second, exemplars=second.exemplars.select([]))
+    method.begin_task(second)
+    (stage,) = method.stages(second)
+    shake(method)
+    batch = batch_of(lab, stage)
+    losses = stage.loss(batch)
+    old = batch.part == 1
+    assert bool(old.any()) == replays == ("replay" in losses) == (stage.unmoved is None)
+    if replays:
+        logits = method.network(batch.images[old])
+        wanted = errors(logits[:, :2], batch.labels[old]).mean() / 2 * 0.5
+        assert torch.allclose(losses["replay"], wanted)
 
 
 @pytest.mark.parametrize("curvature", ["tkfac", "kfac", "ekfac", "diagonal"])
