@@ -16,6 +16,7 @@ minutes: ``--steps 40 --size 64 --test-images 1 --lambdas 2 --limit 60``.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -174,7 +175,7 @@ def _shrunk(image: Tensor, side: int | None) -> Tensor:
 def measure(options: Options, what: str, photos: Photos, names: Sequence[str]) -> CodecResult:
     """Curves of the pre-trained codec and of some that learned on, kept in a folder."""
     device = torch.device("cuda" if options.device.startswith("cuda") else "cpu")
-    result = CodecResult(_config(options, photos), environment(options.device))
+    result = CodecResult(_config(options, photos, names), environment(options.device))
     codecs = {
         name: ImageCodec(load_codec(file_of(options, name), device))
         for name in (PRETRAINED, *names)
@@ -211,14 +212,18 @@ def _kept(options: Options, what: str, photos: Photos, names: Sequence[str]) -> 
     if not path.is_file():
         measure(options, what, photos, names)
     found: dict[str, Any] = json.loads(path.read_text())
-    if found["config"] != _config(options, photos):
+    if found["config"] != _config(options, photos, names):
         raise FastcilError(f"out is '{options.out}', whose '{what}' was measured otherwise.")
     return found
 
 
-def _config(options: Options, photos: Photos) -> dict[str, Any]:
-    """What a result was measured by."""
-    return {"images": list(photos.names), **asdict(options)}
+def _config(options: Options, photos: Photos, names: Sequence[str]) -> dict[str, Any]:
+    """What a result was measured by, and of which codecs' files."""
+    digests = {
+        name: hashlib.sha256(file_of(options, name).read_bytes()).hexdigest()[:16]
+        for name in (PRETRAINED, *names)
+    }
+    return {"images": list(photos.names), "codecs": digests, **asdict(options)}
 
 
 def claims(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ def _encode(arguments: list[str]) -> int:
     from fastcil.engine.codec_files import encode_files
 
     options = parse_use("encode", arguments)
-    codec = _loaded(options["model"], options["device"])
+    codec = _loaded(options["model"], options["device"], options["max_pixels"])
     for path, bpp in encode_files(codec, options["images"], options["lambda"], options["out"]):
         print(f"{path}: {bpp:.4f} bpp")
     return 0
@@ -84,7 +84,7 @@ def _decode(arguments: list[str]) -> int:
     from fastcil.engine.codec_files import decode_files
 
     options = parse_use("decode", arguments)
-    codec = _loaded(options["model"], options["device"])
+    codec = _loaded(options["model"], options["device"], options["max_pixels"])
     for path in decode_files(codec, options["streams"], options["out"]):
         print(path)
     return 0
@@ -104,9 +104,11 @@ def _verify(arguments: list[str]) -> int:
     from fastcil.engine.codec_files import verify_files
 
     options = parse_use("verify", arguments)
-    codec = None if options["model"] is None else _loaded(options["model"], options["device"])
+    codec, limit = None, options["max_pixels"]
+    if options["model"] is not None:
+        codec = _loaded(options["model"], options["device"], limit)
     count = bad = 0
-    for path, wrong in verify_files(options["streams"], codec):
+    for path, wrong in verify_files(options["streams"], codec, limit):
         count += 1
         if wrong is not None:
             bad += 1
@@ -125,7 +127,11 @@ def _eval(arguments: list[str]) -> int:
     result = evaluate_files(**options, notify=_show)
     first = next(iter(result.curves))
     for curve, rates in result.bd_rates().items():
-        if curve != first and rates[first]["cubic"] is not None:
+        if curve == first:
+            continue
+        if rates[first]["cubic"] is None:
+            print(f"{curve}: no BD-rate against {first}: they share too few PSNRs")
+        else:
             print(f"{curve}: BD-rate {rates[first]['cubic']:+.2f} % against {first}")
     print(f"result: {options['out']}")
     return 0
@@ -138,13 +144,13 @@ def _show(curve: str, point: Point) -> None:
     print(f"{curve} at {point.setting:g}: {figures}", flush=True)
 
 
-def _loaded(model: str, device: str) -> ImageCodec:
+def _loaded(model: str, device: str, max_pixels: int) -> ImageCodec:
     """The codec in a file."""
     from fastcil.compression import load_codec
     from fastcil.compression.codec import ImageCodec
     from fastcil.engine.resolve import pick_device
 
-    return ImageCodec(load_codec(model, pick_device(device)))
+    return ImageCodec(load_codec(model, pick_device(device)), max_pixels)
 
 
 COMMANDS: Mapping[str, tuple[Command, str]] = MappingProxyType(

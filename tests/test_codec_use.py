@@ -90,7 +90,15 @@ def test_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("text", "sentence"),
     [
         ("encode codec.safetensors in --out x", "lambda"),
-        ("encode codec.safetensors in --lambda 0 --out x", "'a': lmbda is 0.0; it must be"),
+        ("encode codec.safetensors in --lambda 0 --out x", "lambda is 0; the codec was trained"),
+        (
+            "encode codec.safetensors in --lambda 5e3 --out x",
+            "lambda is 5000; the codec was trained",
+        ),
+        (
+            "encode codec.safetensors in --lambda 64 --max_pixels 99 --out x",
+            "up to 99 (max_pixels)",
+        ),
         ("encode codec.safetensors in --lambda much --out x", "much"),
         ("encode nowhere in --lambda 64 --out x", "nowhere"),
         ("encode codec.safetensors nowhere --lambda 64 --out x", "nowhere does not exist"),

@@ -142,16 +142,13 @@ class CompressaiStyle(nn.Module):
         """`CodecModel.update`: makes the tables that the model has learned anew.
 
         A model that has none yet makes them when it first codes, so that forgetting this call does
-        no harm before; after training on, it is to be called as CompressAI's.
+        no harm before.
 
         Args:
-            force: Even where the entropy model is frozen.
+            force: Even where there are some, with which files may have been coded.
 
         Returns:
             Whether there are other tables than before.
-
-        Raises:
-            FastcilError: The entropy model is frozen, and ``force`` is not given.
         """
         return self.model.update(force)
 

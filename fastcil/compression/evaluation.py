@@ -126,7 +126,8 @@ def spread(lambda_range: tuple[float, float], count: int = 4) -> tuple[float, ..
 
     Args:
         lambda_range: The smallest and the largest.
-        count: How many, at least 1; of one it is the middle.
+        count: How many, at least 1; of one it is the middle, and of a range that is one λ there
+            is one.
 
     Raises:
         FastcilError: No range, or a count below 1.
@@ -138,7 +139,7 @@ def spread(lambda_range: tuple[float, float], count: int = 4) -> tuple[float, ..
     low, high = check_range("lambda_range", lambda_range)
     if count < 1:
         raise FastcilError(f"count is {count}; it must be at least 1.")
-    if count == 1:
+    if count == 1 or low == high:
         return (math.sqrt(low * high),)
     return tuple(low * (high / low) ** (k / (count - 1)) for k in range(count))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_alone = threading.RLock()
+
 
 @contextmanager
 def fixed_mode() -> Iterator[None]:
@@ -19,20 +22,22 @@ def fixed_mode() -> Iterator[None]:
 
     Sums that are split among threads, and vector loops that end elsewhere in each share, give
     other last bits. On one thread the same operations on the same shapes give the same bits on the
-    same machine and versions; nothing is said of other machines.
+    same machine and versions; nothing is said of other machines. Of a program's threads one is in
+    it at a time, for the setting is the whole program's.
 
     Example:
         >>> with fixed_mode():
         ...     torch.get_num_threads()
         1
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with _alone:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def fixed_copy(module: _Module, dtype: torch.dtype) -> _Module:

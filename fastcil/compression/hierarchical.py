@@ -60,6 +60,8 @@ class HierarchicalConfig:
         ):
             if len(getattr(self, name)) != length:
                 raise FastcilError(f"{name} is {getattr(self, name)}; it needs {length} entries.")
+        if self.embedding < 1:
+            raise FastcilError(f"embedding is {self.embedding}; its blocks need at least 1.")
         if any(kernel % 2 == 0 for kernel in self.kernels):
             raise FastcilError(f"kernels is {self.kernels}; depthwise kernels must be odd.")
 

@@ -80,8 +80,8 @@ class CodecLearner(nn.Module):
                 f"lambda_range is {wanted}; this {model.kind} has one rate, so give one λ twice, "
                 f"or take a model with an embedding of λ."
             )
-        if self.new_range != self.old_range:
-            model.rescale_embeddings(self.old_range, self.new_range)
+        if model.embeddings:
+            model.rescale_embeddings(self.new_range)
         # Its counter stays on the CPU, where looking at it waits for nothing.
         self.average = AveragedModel(model, multi_avg_fn=self._average) if training.ema else None
         self.generator = torch.Generator().manual_seed(seed)
@@ -127,7 +127,9 @@ class CodecLearner(nn.Module):
         replayed = 0
         if replay is not None:
             parts = [(examples, count - config.replayed), (replay, config.replayed)]
-            replayed = min(config.replayed, len(replay))
+            # Without new images the replayed ones lead, whose passes may end in a shorter batch.
+            alone = config.replayed == count
+            replayed = count if alone else min(config.replayed, len(replay))
         return _CodecStage(
             name=config.strategy,
             method=self,
@@ -185,8 +187,8 @@ class CodecLearner(nn.Module):
         self.generator.set_state(state["generator"])
 
     def _objective(self, batch: Batch, replayed: int) -> Losses:
-        """Of the images of a batch the last ones are replayed."""
-        fresh = len(batch) - replayed
+        """Of the images of a batch the last ones are replayed, as many as there are at most."""
+        fresh = max(0, len(batch) - replayed)
         return self.losses(
             batch.images[:fresh] if fresh else None,
             batch.images[fresh:] if replayed else None,

@@ -153,24 +153,19 @@ class CodecModel(nn.Module, ABC):
 
         Tables of Gaussians are the same for all models; those of a factorised density are learned.
         They are made when a codec first codes or is saved, and then stay what they are, whatever
-        the weights become: after training on, call this, or files grow. Files that were coded with
-        tables before can't be decoded with others.
+        the weights become: files that were coded with them can't be decoded with others.
+        `trainable` lets them go before all weights are trained; after a loop of your own, ``force``
+        makes them anew.
 
         Args:
-            force: Also where the entropy model is frozen, and tables are to stay.
+            force: Also where there are tables already.
 
         Returns:
             Whether there are other tables than before.
-
-        Raises:
-            FastcilError: The entropy model is frozen, and ``force`` is not given.
         """
-        if not force and not any(p.requires_grad for p in self.entropy.parameters()):
-            raise FastcilError(
-                "The entropy model is frozen, as the tables of old streams must be; there is "
-                "nothing to update, and force=True makes tables of the weights as they are."
-            )
-        changed = [density.make_tables() for density in self.entropy.densities()]
+        densities = list(self.entropy.densities())
+        wanted = [density for density in densities if force or not density.has_tables]
+        changed = [density.make_tables() for density in wanted]
         return any(changed)
 
     def fixed_entropy(self) -> FixedEntropy:
@@ -280,29 +275,24 @@ class CodecModel(nn.Module, ABC):
             part.eval()
         return self
 
-    def rescale_embeddings(
-        self, old_range: tuple[float, float], new_range: tuple[float, float]
-    ) -> None:
-        """Grows the range of λ of the parts that learn, once; see `LambdaEmbedding.rescale`.
+    def rescale_embeddings(self, new_range: tuple[float, float]) -> None:
+        """Grows the range of λ of the parts that learn; see `LambdaEmbedding.rescale`.
+
+        Each grows from its own, which differ where the decoder stood still while the encoder
+        learned other rates; one that has the range already stays as it is.
 
         Args:
-            old_range: The range so far, which is checked, so that a second call is refused.
-            new_range: The range from now on; must contain the old one.
+            new_range: The range from now on; must contain those so far.
 
         Raises:
-            FastcilError: No part that learns has an embedding, or another range so far.
+            FastcilError: No part that learns has an embedding, or one has a λ that it would lose.
         """
         learning = [e for e in self.embeddings.values() if e.first.weight.requires_grad]
         if not learning:
             raise FastcilError("No part that learns depends on λ; a range has nothing to grow.")
         for embedding in learning:
-            known = tuple(float(x) for x in embedding.range.tolist())
-            if known != tuple(old_range):
-                raise FastcilError(
-                    f"old_range is {old_range}; the parts that learn have the range {known}."
-                )
-        for embedding in learning:
-            embedding.rescale(new_range, last=self.rescales_last)
+            if tuple(embedding.range.tolist()) != tuple(new_range):
+                embedding.rescale(new_range, last=self.rescales_last)
 
     def structure(self) -> dict[str, Any]:
         """The settings, JSON-able: `build_model` of it gives a model of the same shape."""

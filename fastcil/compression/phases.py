@@ -219,7 +219,9 @@ class Phases:
             raise FastcilError(f"image needs all {self.count} latents; {self._next} are fed.")
         latents = [z.to(self._device, torch.float32) for z in self._latents]
         read = [feature.to(self._device, torch.float32) for feature in self._read]
-        padded = self._model.decode(latents, read, self._lmbda.to(self._device))
+        # The same pixels whatever precision the caller computes in.
+        with torch.autocast(self._device.type, enabled=False):
+            padded = self._model.decode(latents, read, self._lmbda.to(self._device))
         height, width = self._size
         return padded[..., :height, :width].clamp(0, 1)
 

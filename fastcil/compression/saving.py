@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastcil.compression.factorised import is_table
 from fastcil.compression.model import CodecModel, entropy_hash
@@ -103,21 +104,19 @@ def load_with_facts(
     tensors, description = read_tensors(path, "model")
     facts = _facts(path, description)
     try:
-        # Its first weights are drawn only to be replaced; no one else's draws may depend on that.
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(facts.structure)
+        _check_counts(facts.structure, tensors)
+        # A few bytes may claim any size: without memory first, and with it only what is there. Its
+        # first weights are drawn to be replaced; no one else's draws may depend on that.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            claimed = build_model(facts.structure).state_dict()
+        odd = _odd(claimed, tensors)
+        if not odd:
+            with torch.random.fork_rng(devices=[]):
+                model = build_model(facts.structure)
     except (FastcilError, TypeError, ValueError, RuntimeError) as error:
         raise FastcilError(
             f"model is '{path}', whose structure this fastcil can't build ({error})."
         ) from error
-    own = model.state_dict()
-    odd = sorted(own.keys() ^ tensors.keys())
-    odd += [
-        name
-        for name in sorted(own.keys() & tensors.keys())
-        if own[name].dtype != tensors[name].dtype
-        or (own[name].shape != tensors[name].shape and not is_table(name))
-    ]
     if odd:
         more = ", ..." if len(odd) > _SHOWN else ""
         raise FastcilError(
@@ -132,6 +131,31 @@ def load_with_facts(
             f"changed, and would misread its own streams."
         )
     return model.eval().to(device), facts
+
+
+def _check_counts(structure: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses a structure with more of anything than the file's tensors can be of.
+
+    Raises:
+        ValueError: Such a number.
+    """
+    most = max([len(tensors), *(side for tensor in tensors.values() for side in tensor.shape)])
+    parts = structure.values() if isinstance(structure, dict) else structure
+    for part in parts:
+        if isinstance(part, (dict, list)):
+            _check_counts(part, tensors)
+        elif isinstance(part, int) and part > most:
+            raise ValueError(f"{part} is more than its weights have of anything")
+
+
+def _odd(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that only one of both has, or of other dtypes or shapes."""
+    return sorted(own.keys() ^ tensors.keys()) + [
+        name
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].dtype != tensors[name].dtype
+        or (own[name].shape != tensors[name].shape and not is_table(name))
+    ]
 
 
 def _facts(path: str | os.PathLike[str], description: dict[str, Any]) -> CodecFacts:

@@ -194,6 +194,12 @@ def _list_tar(path: Path) -> Listing:
         files = {parts[root:]: source for parts, source in files.items()}
         folders = {parts[root:] for parts in folders if len(parts) > root}
         texts = {parts[root:]: text for parts, text in texts.items()}
+    outside = next((parts for parts in files if ".." in parts), None)
+    if outside is not None:
+        raise DataError(
+            f"{path} has a member '{'/'.join(outside)}', which lies outside of it; make the archive"
+            f" anew, from within its folder"
+        )
     return Listing(path, files, folders, texts.get((CLASSES_FILE,)))
 
 

@@ -9,12 +9,22 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from fastcil.compression.anchors import installed_anchors
+from fastcil.compression.bitstream import MAX_PIXELS
 from fastcil.engine.arguments import parse_flags
 from fastcil.errors import FastcilError
 
 _MODEL = "a file that fastcil codec train or finetune, or save_codec, wrote"
 _IMAGES = "image files, folders or tars of them"
 _STREAMS = "files that encode wrote, or folders of them"
+
+
+def _add_limit(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=MAX_PIXELS,
+        help="larger images are refused: memory and time grow with what a file of few bytes claims",
+    )
 
 
 def _encode(parser: ArgumentParser) -> None:
@@ -25,6 +35,7 @@ def _encode(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=str, required=True, help="folder for the .fcl files")
     parser.add_argument("--device", type=str, default="auto")
+    _add_limit(parser)
 
 
 def _decode(parser: ArgumentParser) -> None:
@@ -32,6 +43,7 @@ def _decode(parser: ArgumentParser) -> None:
     parser.add_argument("streams", type=str, nargs="+", help=_STREAMS)
     parser.add_argument("--out", type=str, required=True, help="folder for the PNG files")
     parser.add_argument("--device", type=str, default="auto")
+    _add_limit(parser)
 
 
 def _inspect(parser: ArgumentParser) -> None:
@@ -44,6 +56,7 @@ def _verify(parser: ArgumentParser) -> None:
         "--model", type=str, default=None, help=f"{_MODEL}: decode the symbols too, with it"
     )
     parser.add_argument("--device", type=str, default="auto")
+    _add_limit(parser)
 
 
 def _eval(parser: ArgumentParser) -> None:

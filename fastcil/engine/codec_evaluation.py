@@ -132,7 +132,8 @@ def evaluate_codecs(
     Args:
         codecs: One or two, by name, the older one first.
         photos: The images.
-        lambdas: At which the codecs are measured; None for four over the range of each.
+        lambdas: At which the codecs are measured, each at those within its range; None for four
+            over the range of each.
         anchors: Formats to measure too, of `fastcil.compression.anchors.ANCHORS`.
         old_streams: Images' names and files that were there before.
         config: What to keep with the result.
@@ -145,11 +146,16 @@ def evaluate_codecs(
         FastcilError: A format that isn't known or there; a λ twice; and as `evaluate_codec` and
             `evaluate_streams`.
     """
+    if not 1 <= len(codecs) <= 2:
+        raise FastcilError(f"codecs has {len(codecs)} entries; it must have one or two.")
+    if lambdas is not None:
+        _check_rates(lambdas)
     rates = {
-        name: spread(lambda_range(codec.model)) if lambdas is None else tuple(lambdas)
+        name: spread(lambda_range(codec.model))
+        if lambdas is None
+        else _within(name, codec, lambdas)
         for name, codec in codecs.items()
     }
-    _check_rates(rates)
     _check_anchors(anchors)
     device = str(next(next(iter(codecs.values())).model.parameters()).device)
     result = CodecResult(dict(config or {}), environment(device) | _versions())
@@ -231,15 +237,24 @@ def evaluate_files(
     return result
 
 
-def _check_rates(rates: Mapping[str, Sequence[float]]) -> None:
-    """Raises before anything is measured, rather than after an hour."""
-    if not 1 <= len(rates) <= 2:
-        raise FastcilError(f"codecs has {len(rates)} entries; it must have one or two.")
-    for lambdas in rates.values():
-        if not lambdas or len(set(lambdas)) < len(lambdas):
-            raise FastcilError(
-                f"lambdas is {list(lambdas)}; it must have one at least, and none twice."
-            )
+def _check_rates(lambdas: Sequence[float]) -> None:
+    """Before anything is measured, for that takes long."""
+    if not lambdas or len(set(lambdas)) < len(lambdas):
+        raise FastcilError(
+            f"lambdas is {list(lambdas)}; it must have one at least, and none twice."
+        )
+
+
+def _within(name: str, codec: ImageCodec, lambdas: Sequence[float]) -> tuple[float, ...]:
+    """Those that a codec was trained for: it would code others as the nearest of them."""
+    low, high = lambda_range(codec.model)
+    found = tuple(lmbda for lmbda in lambdas if low <= lmbda <= high)
+    if not found:
+        raise FastcilError(
+            f"lambdas is {list(lambdas)}; '{name}' was trained from {low:g} to {high:g}, so give "
+            f"one there at least."
+        )
+    return found
 
 
 def _check_anchors(anchors: Sequence[str]) -> None:

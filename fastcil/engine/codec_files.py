@@ -9,10 +9,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from fastcil.compression.bitstream import Bitstream, inspect
+from fastcil.compression.bitstream import MAX_PIXELS, Bitstream, inspect
 from fastcil.compression.codec import ImageCodec
 from fastcil.compression.errors import BitstreamError
 from fastcil.compression.evaluation import Photos
+from fastcil.compression.training import lambda_range
 from fastcil.data import ImageStore, resolve
 from fastcil.data.listing import SUFFIXES, Source, list_source, read_source
 from fastcil.engine.state import write_atomically
@@ -93,8 +94,15 @@ def encode_files(
 
     Raises:
         DataError: As `find_photos` and `read_photo`.
-        FastcilError: As `ImageCodec.encode`; a file that can't be written.
+        FastcilError: As `ImageCodec.encode`; a λ that the codec was not trained for; a file that
+            can't be written.
     """
+    low, high = lambda_range(codec.model)
+    if not low <= lmbda <= high:
+        raise FastcilError(
+            f"lambda is {lmbda:g}; the codec was trained from {low:g} to {high:g}, and would code "
+            f"others as the nearest of these."
+        )
     for name, source in find_photos(sources).items():
         image = read_photo(name, source)
         try:
@@ -174,7 +182,9 @@ def decode_files(
 
 
 def verify_files(
-    sources: Sequence[str | Path], codec: ImageCodec | None = None
+    sources: Sequence[str | Path],
+    codec: ImageCodec | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[Path, str | None]]:
     """What is wrong with files, if anything.
 
@@ -182,6 +192,7 @@ def verify_files(
         sources: As `find_streams`.
         codec: Without one, magic, version, size and CRC-32 are checked; with one, symbols are
             decoded and compared with the encoder's too.
+        max_pixels: Without a codec, which has its own: larger images are bad.
 
     Yields:
         Each file with None where it is good, or with what is wrong.
@@ -190,7 +201,7 @@ def verify_files(
         data = _bytes_of(path)
         try:
             if codec is None:
-                Bitstream.parse(data)
+                Bitstream.parse(data, max_pixels)
             else:
                 codec.verify(data)
         except BitstreamError as error:

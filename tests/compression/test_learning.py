@@ -230,6 +230,35 @@ def test_a_larger_range_rescales_the_learning_embeddings_once(
         CodecLearner(learner.result, training("enc", lambda_range=(4, 1024)), seed=0)
 
 
+def test_a_decoder_that_stood_still_grows_from_its_own_range(
+    lively: Callable[[str], CodecModel],
+) -> None:
+    model = lively("hierarchical-tiny")
+    encoder_alone = CodecLearner(model, training("enc", lambda_range=(32.0, 4096.0)), seed=0)
+    ranges = {k: e.range.tolist() for k, e in encoder_alone.model.embeddings.items()}
+    assert ranges["encoder"] == [32, 4096] and ranges["decoder"] == [32, 1024]
+    before = encoder_alone.result.embeddings["decoder"].first.weight.clone()
+    both = CodecLearner(encoder_alone.result, training("kr"), seed=0)
+    ranges = {k: e.range.tolist() for k, e in both.model.embeddings.items()}
+    assert ranges["encoder"] == ranges["decoder"] == [32, 4096] and ranges["entropy"] == [32, 1024]
+    assert torch.equal(both.model.embeddings["decoder"].first.weight, before / 4)
+
+
+def test_where_all_is_replayed_a_pass_may_end_in_a_shorter_batch(
+    lively: Callable[[str], CodecModel], images: Callable[..., torch.Tensor]
+) -> None:
+    learner = CodecLearner(lively("hierarchical-tiny"), training(alpha=1.0), seed=0)
+    store = ImageStore.from_images((255 * x).byte().permute(1, 2, 0) for x in images(3, 64, 64))
+    replay = Examples(store, torch.zeros(3, dtype=torch.int64))
+    stage = learner.stage(replay, replay)
+    count = learner.config.recipe.batch_size
+    for size in (count, 1):
+        shown = images(size, 64, 64)
+        zeros = torch.zeros(size, dtype=torch.int64)
+        losses = stage.objective(Batch(shown, zeros, zeros, zeros, zeros))
+        assert set(losses) == {"replay"} and losses["replay"].isfinite()
+
+
 def test_a_model_of_one_rate_learns_one() -> None:
     with pytest.raises(FastcilError, match="hyperprior has one rate, so give one λ twice"):
         CodecLearner(build_codec("msh", hidden=4, latent=4), training("all"), seed=0)

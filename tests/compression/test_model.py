@@ -176,7 +176,7 @@ def test_a_range_grows_in_the_parts_that_learn(lively, images, name):
     model, x = lively(name), images(1, 64, 64)
     old, digest = copy.deepcopy(model.state_dict()), entropy_hash(model)
     model.trainable("kr")
-    model.rescale_embeddings((32.0, 1024.0), (4.0, 4096.0))
+    model.rescale_embeddings((4.0, 4096.0))
     assert entropy_hash(model) == digest
     for part, factor in (("encoder", 0.25), ("decoder", 0.25), ("entropy", 1.0)):
         last = 0.125 if name == "hierarchical-tiny" and part != "entropy" else 1.0
@@ -190,14 +190,17 @@ def test_a_range_grows_in_the_parts_that_learn(lively, images, name):
         assert torch.equal(*rates)
         other = [model.embed("decoder", torch.tensor([v])) for v in (given, known)]
         assert not torch.equal(*other)
-    with pytest.raises(FastcilError, match="old_range"):
-        model.rescale_embeddings((32.0, 1024.0), (4.0, 4096.0))
+    grown = copy.deepcopy(model.state_dict())
+    model.rescale_embeddings((4.0, 4096.0))
+    assert all(torch.equal(value, grown[name]) for name, value in model.state_dict().items())
+    with pytest.raises(FastcilError, match=r"contain the range so far, \(4.0, 4096.0\)"):
+        model.rescale_embeddings((32.0, 1024.0))
     assert model(x, 4096.0)["x_hat"].isfinite().all()
 
 
 def test_one_rate_has_no_range_to_grow(lively):
     with pytest.raises(FastcilError, match="depends on λ"):
-        lively("msh").rescale_embeddings((32.0, 1024.0), (4.0, 4096.0))
+        lively("msh").rescale_embeddings((4.0, 4096.0))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -76,6 +76,13 @@ def first(weights: dict[str, torch.Tensor], part: str) -> str:
         (None, lambda d: d["codec"]["structure"].update(kind="jpeg"), "can't build"),
         (None, lambda d: d["codec"]["structure"].update(channels=3), "can't build"),
         (None, lambda d: d["codec"]["structure"].update(embedding=16), "don't fit its structure"),
+        (None, lambda d: d["codec"]["structure"].update(embedding=0), "can't build"),
+        (
+            None,
+            lambda d: d["codec"]["structure"].update(channels=[16000] * 5),
+            "can't build .16000",
+        ),
+        (None, lambda d: d["codec"]["structure"].update(last_blocks=10**9), "can't build"),
         (lambda w: w.pop(first(w, "decoder")), None, r"don't fit its structure \(1: decoder"),
         (lambda w: w.update(more=torch.zeros(1)), None, r"don't fit its structure \(1: more"),
         (

@@ -143,6 +143,17 @@ def test_only_regular_members_of_a_tar_are_read(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_member_of_a_tar_that_lies_outside_of_it_is_refused(tmp_path):
+    path = tmp_path / "pets.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("train/dog/a.png", "../../escape.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"none"))
+    with pytest.raises(DataError, match=r"a member '../../escape.png', which lies outside"):
+        list_source(path)
+
+
 def test_many_images_keep_their_order_over_threads(tmp_path):
     tree = {f"train/{c}/{i:03}.png": (i, 1 + i % 7, 3) for c in ("a", "b") for i in range(150)}
     tree |= {"test/a/0.png": (0,), "test/b/0.png": (0,)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -118,6 +119,8 @@ class Stub:
 
     def __init__(self) -> None:
         self.model = torch.nn.Linear(1, 1)
+        self.model.embeddings = {}
+        self.model.config = SimpleNamespace(lambda_range=(32.0, 1024.0))
 
     def encode(self, image: torch.Tensor, lmbda: float) -> bytes:
         return bytes(4)
@@ -219,7 +222,7 @@ def test_files(folder: Path, tmp_path: Path) -> None:
     [
         ({"lambdas": ()}, r"lambdas is \[\]; it must have one"),
         ({"lambdas": (32.0, 32.0)}, "and none twice"),
-        ({"lambdas": (-1.0,)}, "lmbda is -1"),
+        ({"lambdas": (-1.0, 2e9)}, r"lambdas is \[-1.0, 2000000000.0\]; 'old' was trained from"),
         ({"anchors": ("gif",)}, "anchors has 'gif'; those that can be used here are jpeg"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"new_checkpoint": "same"}, "new_checkpoint is"),
