@@ -10,13 +10,18 @@ from torch import Tensor, nn
 
 
 class Reservoir(nn.Module):
-    """Which images of a stream a memory of a fixed number of slots holds.
+    """Which images of a stream a memory of so many slots holds.
 
     Algorithm R (Vitter 1985): an image takes an empty slot while there is one. Then the n-th
     image offered, n counted from 0, takes slot r, drawn uniformly from 0 to n, if there is a slot
     of that number, and is not held otherwise. Each of N images offered is held in the end with
     the chance ``slots / N``. An image offered again, in another epoch, is another one to it and
     may be held twice.
+
+    That is for a number of slots that stays. Where a full memory was given more of them, as by a
+    budget for each class, the new images compete for the new slots alone, as many as a stream of
+    their own: the old slots are what is left of images of which most are gone, and who came late
+    would crowd them out.
 
     If there is room for every image of the task beside the exemplars, nothing competes: each has
     a slot of its own, which it takes again whenever it is offered.
@@ -28,6 +33,10 @@ class Reservoir(nn.Module):
         slots: What each slot holds, int64 [K], a position in the new data followed by the
             exemplars; -1 while empty.
         seen: Images offered so far, over all tasks, int64 [].
+        room: Slots there might be in the last task, int64 [].
+        first: The first slot that new images compete for, int64 [].
+        since: Images offered before that competition began, int64 [].
+        seed: Sets the draws of runs and tasks apart, int64 [].
         own: The first of the slots that the new images have for their own, -1 if they compete,
             int64 [].
 
@@ -42,12 +51,17 @@ class Reservoir(nn.Module):
 
     slots: Tensor
     seen: Tensor
+    room: Tensor
+    first: Tensor
+    since: Tensor
+    seed: Tensor
     own: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("slots", torch.empty(0, dtype=torch.int64))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        for name in ("seen", "room", "first", "since", "seed"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("own", torch.tensor(-1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -55,7 +69,7 @@ class Reservoir(nn.Module):
         return self
 
     def open(self, room: int, new: int, held: int) -> None:
-        """Starts a task.
+        """Starts a task; its draws are set apart by torch's global generator.
 
         Args:
             room: Slots there may be.
@@ -66,6 +80,12 @@ class Reservoir(nn.Module):
         self.slots = torch.full((count,), -1)
         self.slots[:held] = new + torch.arange(min(held, count))
         self.own = torch.tensor(held if count == new + held else -1)
+        if count:
+            self.seed = torch.randint(2**48, ())
+            grew = 0 < int(self.room) <= held < room
+            self.first = torch.tensor(held if grew else 0)
+            self.since = self.seen.clone() if grew else torch.zeros_like(self.seen)
+            self.room = torch.tensor(room)
 
     def occupied(self) -> Tensor:
         """Numbers of the slots that hold something, ascending, int64 [F]."""
@@ -77,7 +97,7 @@ class Reservoir(nn.Module):
 
     def draws(self) -> torch.Generator:
         """Draws that the images offered so far set apart from every other's, and that are saved."""
-        return torch.Generator().manual_seed(int(self.seen))
+        return torch.Generator().manual_seed(int(self.seed) + int(self.seen))
 
     def shuffle(self) -> Tensor:
         """Puts what is held in a random order, so that memory may keep a prefix.
@@ -121,5 +141,5 @@ class Reservoir(nn.Module):
         free = (self.slots < 0).nonzero().flatten()[:count]
         # In float64 the product with a count is exact to far below one slot.
         draws = torch.rand(count - len(free), dtype=torch.float64, generator=generator)
-        numbers = self.seen + torch.arange(len(free), count)
-        return torch.cat([free, (draws * (numbers + 1)).long()])
+        numbers = self.seen - self.since + torch.arange(len(free), count)
+        return torch.cat([free, self.first + (draws * (numbers + 1)).long()])

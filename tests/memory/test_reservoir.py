@@ -51,6 +51,39 @@ def test_every_offer_of_every_epoch_has_the_same_chance():
     assert first / (10 * seeds) == pytest.approx(90 / 150, abs=0.05)
 
 
+def test_new_slots_of_a_full_memory_are_those_of_the_new_images():
+    """Ten more for each of four tasks: ten are held of each, of a task all alike."""
+    seeds, held = 150, torch.zeros(4, 30)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        reservoir, kept = Reservoir(), torch.empty(0, 2, dtype=torch.int64)
+        for task in range(4):
+            reservoir.open(10 * (task + 1), 30, len(kept))
+            for images in torch.randperm(30).split(7):
+                reservoir.offer(images, reservoir.draws())
+            order = reservoir.shuffle()
+            assert len(order) == 10 * (task + 1)
+            new = torch.stack([torch.full((30,), task), torch.arange(30)], 1)
+            kept = torch.cat([new, kept])[reservoir.slots]
+            reservoir.open(0, 0, 0)
+        assert kept[:, 0].bincount().tolist() == [10] * 4
+        held[kept[:, 0], kept[:, 1]] += 1
+    statistic = ((held - seeds / 3) ** 2).sum(1) / (seeds / 3) / (1 - 1 / 3) * 29 / 30
+    assert (statistic < 58.3).all()  # the 99.9 % point at 29 degrees of freedom
+
+
+def test_runs_of_other_seeds_draw_otherwise():
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        reservoir = Reservoir()
+        reservoir.open(5, 40, 0)
+        for images in torch.arange(40).split(8):
+            reservoir.offer(images, reservoir.draws())
+        found.append(sorted(reservoir.pool().tolist()))
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize("held", [0, 3, 9])
 @pytest.mark.parametrize("room", [0, 1, 6, 15])
 def test_it_is_the_sequential_algorithm(room, held):

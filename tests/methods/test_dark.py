@@ -104,7 +104,8 @@ def test_memory_holds_the_logits_of_the_step_in_which_they_were_stored(lab, cls)
     rows = {slot: method.stored[slot].clone() for slot in range(8)}
     for _ in range(2):
         for positions in torch.randperm(36, generator=generator).split(8):
-            seen = int(method.reservoir.seen)
+            reservoir, generated = method.reservoir, method.reservoir.draws()
+            seen, first = int(reservoir.seen - reservoir.since), int(reservoir.first)
             entries = [torch.randperm(len(stage.streams[1].pool()), generator=generator)[:4]] * (
                 len(stage.streams) - 1
             )
@@ -118,11 +119,11 @@ def test_memory_holds_the_logits_of_the_step_in_which_they_were_stored(lab, cls)
             draws = torch.rand(
                 max(0, len(positions) - free),
                 dtype=torch.float64,
-                generator=torch.Generator().manual_seed(seen),
+                generator=generated,
             ).tolist()
             for k, position in enumerate(positions.tolist()):
                 empty = [s for s in range(len(before)) if s not in held]
-                slot = empty[0] if empty else int(draws[k - free] * (seen + k + 1))
+                slot = empty[0] if empty else first + int(draws[k - free] * (seen + k + 1))
                 if slot < len(before):
                     held[slot], rows[slot] = ("new", position), logits[k]
             for slot, (where, position) in held.items():
