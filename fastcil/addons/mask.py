@@ -31,8 +31,8 @@ class MaskStage(Stage):
 
     (Eq. 9) through theta+, second derivatives included. theta is what the main stage trains of
     the extractors; heads stay as they are, and so do all batch-norm statistics, for the whole
-    method is in evaluation mode meanwhile (as in the released code). Derivatives that aren't
-    finite, which an overflowing theta+ leads to, count as zero.
+    method is in evaluation mode meanwhile (as in the released code). Where derivatives aren't
+    finite, which an overflowing theta+ leads to, phi stays as it is.
 
     Args:
         main: The stage that learns the new data. Its ``logits`` gives the outer loss its scores.
@@ -80,6 +80,7 @@ class MaskStage(Stage):
             recipe=recipe,
             parameters=self._start,
             steps=steps,
+            unmoved=self._refused,
         )
         self.main = main
         self.scores = main.logits
@@ -93,6 +94,11 @@ class MaskStage(Stage):
         self.compress_all = compress_all
         self._learned: list[nn.Parameter] = []
         self._theta: list[str] = []
+        self._usable = torch.tensor(True)
+
+    def _refused(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """phi, where it is not to move: without a gradient momentum and decay would still do it."""
+        return [(p, ~self._usable) for p in self._learned]
 
     def _start(self) -> list[nn.Parameter]:
         """Finds phi and theta, once: while phi trains, nothing else says that it does."""
@@ -132,8 +138,8 @@ class MaskStage(Stage):
                 total(losses), self._learned, allow_unused=True, materialize_grads=True
             )
         # Early in training theta+ may overflow; one such step would spoil phi for good.
-        usable = torch.stack([g.isfinite().all() for g in gradients]).all()
-        gradients = tuple(torch.where(usable, g, 0.0) for g in gradients)
+        self._usable = torch.stack([g.isfinite().all() for g in gradients]).all()
+        gradients = tuple(torch.where(self._usable, g, 0.0) for g in gradients)
         # A linear function with these gradients: a backward pass through the losses themselves
         # would go on to the gradients of theta, which nobody reads.
         pairs = zip(self._learned, gradients, strict=True)

@@ -75,11 +75,17 @@ def _score(figures: Figures) -> float:
     return float(new if old is None else harmonic_mean(np.array([new]), np.array([old]))[0])
 
 
+def _rank(figures: Figures) -> tuple[float, float, float]:
+    """What is compared first, second and third; the larger is better."""
+    return _score(figures), figures["new"] + (figures["old"] or 0.0), -figures["loss"]
+
+
 def prefers(rule: str, figures: Figures, best: Figures | None) -> bool:
     """Whether an epoch is chosen before the best one so far.
 
     - ``held-out``: a higher accuracy is better, of new and old classes their harmonic mean; of
-      equal ones the lower loss; of equal ones the earlier epoch.
+      equal ones, such as 0 where no new image is right, the higher sum of both; of equal ones the
+      lower loss; of equal ones the earlier epoch.
     - ``paper``: the first epoch whose accuracy on the new classes exceeds that on the old ones;
       from there on each that has both higher (``select_best2`` of Tao et al.'s released code).
 
@@ -106,8 +112,7 @@ def prefers(rule: str, figures: Figures, best: Figures | None) -> bool:
         return bool(new > best["new"] and old > best["old"])
     if best is None:
         return True
-    score, before = _score(figures), _score(best)
-    return score > before or (score == before and figures["loss"] < best["loss"])
+    return _rank(figures) > _rank(best)
 
 
 class EpochChoice:
@@ -247,8 +252,10 @@ def plan_choice(
     """How a task's epochs are chosen, and the task that the method is to see.
 
     Nothing is chosen outside the sessions of a few-shot stream, nor where no class can spare a
-    shot. Without ``judges``, as in `Learner.learn`, which is handed one task and no other, shots
-    are held out here, and old classes are judged by what memory holds of them.
+    shot, nor for a method that keeps all images: it is no session's few shots that it is trained
+    on, and begun anew it has no old classes to lose. Without ``judges``, as in `Learner.learn`,
+    which is handed one task and no other, shots are held out here, and old classes are judged by
+    what memory holds of them.
 
     Args:
         task: The task.
@@ -264,7 +271,7 @@ def plan_choice(
     Raises:
         FastcilError: ``paper`` without test images.
     """
-    if not task.few_shot or rule == "last":
+    if not task.few_shot or rule == "last" or getattr(learners[0], "keeps", "") == "everything":
         return None, task
     if judges is None and rule == "paper":
         raise FastcilError(

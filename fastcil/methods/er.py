@@ -34,8 +34,9 @@ class ExperienceReplay(Method):
     says otherwise. While it is empty only B_n is there. With ``head="task"`` each image's softmax
     is over the classes that arrived with its own (Lopez-Paz and Ranzato 2017, Sec. 5).
 
-    Exemplars are chosen at random, once per task: the paper's reservoir fills while the stream
-    passes, to the same distribution where all classes are equally frequent.
+    Exemplars are chosen at random, once per task, as many of each class. The paper's reservoir
+    fills while the stream passes, and has as many of each class on average alone: `Dark` and `MER`
+    have one.
 
     Example:
         >>> ExperienceReplay.selection

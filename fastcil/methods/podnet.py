@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcil.contract import (
     Batch,
@@ -56,7 +56,9 @@ class PODNet(Method):
     exemplars and as many new images of each class, those that herding picks; without exemplars
     there is none. The scale eta stays then, and batch norms go on taking statistics, as in the
     released code. The features have no last ReLU, and batch norms that end a residual branch start
-    at zero (``network.last_relu``, ``network.zero_init_residual``).
+    at zero (``network.last_relu``, ``network.zero_init_residual``). In the released networks no
+    residual block ends in a ReLU (CIFAR), or no stage (ImageNet), and a fourth map is compared on
+    CIFAR, that before the last block: here it is three maps, and the last alone has no ReLU.
 
     A task that brings no new class, but new images of known ones, trains all proxies in both
     stages, and its C_n is the number of classes it has images of.
@@ -79,6 +81,8 @@ class PODNet(Method):
         Args:
             train: Recipe of the first stage, in every task.
             finetune: Recipe of the second; without epochs there is none.
+            finetunes: What the second trains: all ``proxies``, or as PyCIL ``everything`` but those
+                of old classes, with the distillation too.
             proxies: Proxies of each class.
             flat_weight: lambda_f: 1 for CIFAR, 10 for ImageNet.
             spatial_weight: lambda_c: 3 for CIFAR, 8 for ImageNet.
@@ -89,6 +93,7 @@ class PODNet(Method):
 
         train: Recipe = _CIFAR
         finetune: Recipe = _FINETUNING
+        finetunes: Literal["proxies", "everything"] = "proxies"
         proxies: int = 10
         flat_weight: float = 1.0
         spatial_weight: float = 3.0
@@ -108,7 +113,12 @@ class PODNet(Method):
             flat_weight=10.0,
             spatial_weight=8.0,
         ),
-        "pycil": Config(finetune=replace(_FINETUNING, lr=0.005), spatial_weight=5.0),
+        "pycil": Config(
+            train=replace(_CIFAR, clip_value=0.0),
+            finetune=replace(_FINETUNING, lr=0.005, schedule="cosine", clip_value=0.0),
+            finetunes="everything",
+            spatial_weight=5.0,
+        ),
     }
 
     config: Config
@@ -160,11 +170,12 @@ class PODNet(Method):
         config = self.config
         everything = (task.examples, task.exemplars)
         new = len(task.new_classes) or len(task.classes)
+        loss = partial(self._loss, math.sqrt(task.total / max(new, 1)))
         stages = [
             Stage(
                 name="podnet",
                 method=self,
-                objective=partial(self._loss, math.sqrt(task.total / max(new, 1))),
+                objective=loss,
                 streams=(Stream(everything, config.train.batch_size),),
                 recipe=config.train,
                 parameters=lambda: trained_with_new_rows(self.network),
@@ -177,14 +188,24 @@ class PODNet(Method):
                 Stage(
                     name="finetune",
                     method=self,
-                    objective=lambda batch: self._classify(self.network(batch.images), batch),
+                    objective=loss if config.finetunes == "everything" else self._finetune,
                     streams=(self.balanced.stream(task, config.finetune.batch_size),),
                     recipe=config.finetune,
-                    parameters=lambda: [self.head.old, self.head.new],
+                    parameters=self._finetuned,
                     begin=partial(self.balanced.choose, self, task),
                 )
             )
         return stages
+
+    def _finetuned(self) -> list[nn.Parameter]:
+        """What the second stage trains."""
+        if self.config.finetunes == "everything":
+            return list(trained_with_new_rows(self.network))
+        return [self.head.old, self.head.new]
+
+    def _finetune(self, batch: Batch) -> Losses:
+        """Classification alone."""
+        return self._classify(self.network(batch.images), batch)
 
     def _loss(self, factor: float, batch: Batch) -> Losses:
         """Classification, and what keeps maps and features where they were."""

@@ -53,6 +53,34 @@ def compose(world, extractors=1, classes=4, **options):
     return method, addon, stages[0].companions[0]
 
 
+def test_a_step_that_is_not_finite_leaves_the_curves_as_they_are(world):
+    """Not even Adam's momentum and weight decay move them."""
+    stage = compose(world)[2]
+    phi = list(stage.parameters())
+    optimizer = torch.optim.Adam(phi, lr=0.01, weight_decay=5e-4)
+
+    class Steps:
+        lr = 0.01
+
+        def update(self, loss: Tensor) -> None:
+            optimizer.zero_grad()
+            loss.backward()
+            still = [(p, mask, p.detach().clone()) for p, mask in stage.unmoved()]
+            optimizer.step()
+            with torch.no_grad():
+                for p, mask, before in still:
+                    p.copy_(torch.where(mask, before, p))
+
+    batches = [make_batch(6, 1), make_batch(6, 2)]
+    before = [p.detach().clone() for p in phi]
+    stage.step(batches, Steps())
+    moved = [p.detach().clone() for p in phi]
+    assert not any(torch.equal(a, b) for a, b in zip(before, moved, strict=True))
+    stage.inner_lr = math.inf
+    stage.step(batches, Steps())
+    assert all(torch.equal(a, b) for a, b in zip(moved, phi, strict=True))
+
+
 class Catcher:
     """A Stepper that only differentiates."""
 

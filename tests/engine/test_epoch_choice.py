@@ -15,7 +15,7 @@ from fastcil import Arrival, FastcilError, Learner, Result, Scenario, compare, t
 from fastcil.contract import Stage, Task
 from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine.compare import Comparison
-from fastcil.engine.epoch_choice import EpochChoice
+from fastcil.engine.epoch_choice import EpochChoice, prefers
 from fastcil.engine.few_shot_sections import sessions_section
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.memory_sections import memory_section
@@ -118,6 +118,22 @@ def test_what_judges_is_neither_trained_on_nor_remembered(
         judged.clear()
         run("finetune", **{"engine.epoch_choice": rule})
         assert ([*map(len, trained)], [*map(len, judged)]) == ([12, 8, 4], counts)
+
+
+def test_where_no_new_image_is_right_the_old_ones_decide() -> None:
+    """A network begun anew has its lowest loss before it has learned anything."""
+    curve = [(0.0, 20.0, 1.6), (0.0, 50.0, 2.9), (0.0, 50.0, 2.5), (0.0, 30.0, 1.2)]
+    best = None
+    for epoch, (new, old, loss) in enumerate(curve):
+        figures = {"epoch": epoch, "new": new, "old": old, "loss": loss}
+        best = figures if prefers("held-out", figures, best) else best
+    assert best is not None and best["epoch"] == 2
+    assert prefers("held-out", {"epoch": 4, "new": 1.0, "old": 1.0, "loss": 9.0}, best)
+
+
+def test_joint_which_begins_anew_on_everything_keeps_its_last_epoch(choices) -> None:
+    result = run("joint", **{"joint.recipe": RECIPE})
+    assert choices == [] and result.epoch_choice == "last"
 
 
 def test_where_no_class_can_spare_a_shot_the_last_epoch_stays(choices) -> None:
