@@ -5,8 +5,8 @@ python benchmarks/round_trip.py CODEC kodak24.tar [more images] [--lambdas 32,10
 For every image and λ: the file decodes to the encoder's symbols, which it checks itself; its size
 is what the model says it takes, within 1 %, a header and 16 bytes for each latent; and it decodes
 alike with 1 and 2 threads, alone and 8 at a time, and in processes of their own that may use fewer
-of the machine's instructions. The last line says ok; or the exit status is 1, and there is a line
-for each promise that was broken.
+of the machine's instructions. Coded 8 at a time an image is the same but for single symbols. The
+last line says ok; or the exit status is 1, and there is a line for each promise that was broken.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from fastcil.engine.environment import environment
 from fastcil.engine.state import write_atomically
 
 HEADER, PER_LATENT, SHARE = 28, 16, 0.01
+_MOVED = 0.1  # of a level, on average, where single symbols may differ
 SIZES = ((1, 1), (1, 65), (64, 1), (3, 2), (63, 65), (129, 17), (224, 224), (31, 200))
 INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
     "all": {},
@@ -126,9 +127,10 @@ def broken_promises(
             "one by one, 1 thread": lambda alone=alone: _one_by_one(codec, alone, 1),
             "one by one, 2 threads": lambda alone=alone: _one_by_one(codec, alone, 2),
             "8 at a time": lambda alone=alone: _by_eights(codec, alone),
-            "coded 8 at a time": lambda lmbda=lmbda: _coded_by_eights(codec, images, lmbda),
         }
         wrong += [f"at {lmbda:g}, {line}" for line in _differences(photos.names, images, ways)]
+        together = _coded_by_eights(codec, photos.names, images, alone, lmbda)
+        wrong += [f"at {lmbda:g}, coded 8 at a time: {line}" for line in together]
     for name, settings in instructions.items():
         wrong += _refused_elsewhere(model, files, name, settings)
     return trips, wrong
@@ -171,14 +173,33 @@ def _by_eights(codec: ImageCodec, files: Sequence[bytes]) -> list[Tensor]:
     return [found[k] for k in range(len(files))]
 
 
-def _coded_by_eights(codec: ImageCodec, images: Sequence[Tensor], lmbda: float) -> list[Tensor]:
-    """Each image coded in one call with others of its size, and decoded alone."""
-    found: dict[int, Tensor] = {}
+def _coded_by_eights(
+    codec: ImageCodec,
+    names: Sequence[str],
+    images: Sequence[Tensor],
+    alone: Sequence[bytes],
+    lmbda: float,
+) -> Iterator[str]:
+    """Where images coded in one call with others of their size become bad files, or other images.
+
+    The encoder is not computed in the fixed mode, for its symbols are what the file holds: a
+    feature halfway between two of them may be rounded otherwise in another batch.
+    """
     for chosen in _eights([(image.shape[0], image.shape[1]) for image in images]):
         coded = codec.encode_streams([images[k] for k in chosen], lmbda)
-        streams = dict(zip(chosen, coded, strict=True))
-        found |= {k: codec.decode(stream.pack()) for k, stream in streams.items()}
-    return [found[k] for k in range(len(images))]
+        for k, stream in dict(zip(chosen, coded, strict=True)).items():
+            data = stream.pack()
+            if data == alone[k]:
+                continue
+            try:
+                codec.verify(data)
+            except BitstreamError as error:
+                yield f"{names[k]}: {error}"
+                continue
+            pair = [codec.decode(file).int() for file in (data, alone[k])]
+            moved = float((pair[0] - pair[1]).abs().float().mean())
+            if moved > _MOVED:
+                yield f"{names[k]} is another image, by {moved:.2f} of a level"
 
 
 def _eights(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
