@@ -118,7 +118,15 @@ def test_killed_three_times_ends_in_the_same_bits(
     assert left == {"events.jsonl", "learner.safetensors", "result.json"}
 
 
-@pytest.mark.parametrize("method", ["dlcft", "darkpp", "gem+samc", "lecnet"])
+# What stops in a process of all methods is in `test_interrupt`.
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dlcft", "darkpp")),
+        "gem+samc",
+        "lecnet",
+    ],
+)
 def test_killed_in_the_second_task(method: str, tmp_path: Path, assert_same) -> None:
     """What is kept of the first, and what the later tasks make of it; a few-shot session too."""
     FORKS.set_forkserver_preload(IMPORTS)

@@ -111,7 +111,7 @@ def test_no_images():
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_compiled(launches, assemble, architecture, antialias):
     def empty(*shape, dtype=torch.int64):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -65,7 +65,7 @@ def test_nothing_is_read_outside_the_pixels():
     assert pixels.tolist() == [7] * 9 + [0] * 9
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_compiled(launches, assemble, architecture):
     def empty(*shape, dtype=torch.int64):
         return torch.empty(shape, dtype=dtype, device="meta")

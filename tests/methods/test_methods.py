@@ -113,7 +113,9 @@ def test_learns_uneven_tasks(lab, name, options):
         known += len(task.classes)
         for losses in loop.losses.values():
             third = max(1, len(losses) // 3)
-            assert sum(losses[-third:]) < sum(losses[:third])
+            first, last = sum(losses[:third]), sum(losses[-third:])
+            # Where a task has nothing more to teach, noise is all that is left.
+            assert last < first or last < 0.02 * third
         test = lab.make_examples(task.classes, seed=77)
         with evaluating(method), torch.no_grad():
             for readout in method.readouts().values():
