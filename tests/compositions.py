@@ -25,6 +25,20 @@ REFUSED: dict[tuple[str, str], str] = {
     ("dlcft", "cim"): "nn.ReLU",
 }
 ALONE = [(method, None) for method in METHODS]
+# So that refreshes of boxes, warm-ups and milestones fall within few epochs.
+SHORT = {
+    "cam.refresh": 1,
+    "cim.refresh": 1,
+    "aanets.gradients": "summed",
+    "cim.steps_per_class": 1.0,
+    "der.representation.warmup": 100,
+    "eec.width": 4,
+    "lecnet.later.epochs": 200,
+    "lecnet.analyse": True,
+    "samc.first.batch_size": 3,
+    "samc.later.batch_size": 3,
+    "samc.analyse": True,
+}
 # Every method, and every addon on one or two that it asks most of.
 SAMPLE = [
     *METHODS,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from backbones import ConvNet
+from compositions import SHORT
 
 from fastcil import train
 from fastcil.contract import Batch
@@ -28,24 +29,12 @@ OPTIONS = {
     "engine.threads": 1,
     "augment.size": 12,
 }
-# Refreshes of boxes, warm-ups and milestones all fall within the few epochs there are; rates that
-# keep a network of six channels from chaos.
-SHORT = {
-    "cam.refresh": 1,
-    "cim.refresh": 1,
-    "aanets.gradients": "summed",
-    "cim.steps_per_class": 1.0,
-    "der.representation.warmup": 100,
+# Of online methods, for thirty steps at least.
+LONG = {
     "ebm.first.epochs": 170,
     "ebm.later.epochs": 170,
-    "eec.width": 4,
-    "lecnet.later.epochs": 200,
-    "lecnet.analyse": True,
     "mer.first.epochs": 170,
     "mer.later.epochs": 170,
-    "samc.first.batch_size": 3,
-    "samc.later.batch_size": 3,
-    "samc.analyse": True,
 }
 # Of methods whose recipes are short, for thirty steps at least.
 SCALES = {"dlcft": 0.3, "dark": 0.13, "darkpp": 0.13, "eeil": 0.12, "icarl": 0.09, "ncm": 0.09}
@@ -91,7 +80,7 @@ def learn(method: str) -> dict[str, Any]:
     """What a learner holds after two tasks, and after how many steps."""
     STEPS.clear()
     parts = method.split("+")
-    short = {k: v for k, v in SHORT.items() if k.partition(".")[0] in parts}
+    short = {k: v for k, v in {**SHORT, **LONG}.items() if k.partition(".")[0] in parts}
     memory = MEMORY.get(method, "6 images")
     data = draw(11, 0), draw(2, 1)
     scale = {"engine.epoch_scale": SCALES.get(parts[0], OPTIONS["engine.epoch_scale"])}

@@ -32,8 +32,8 @@ class DiagonalCurvature(Curvature):
         model: The network.
         names: Parameters it is about.
         make: Makes an empty accumulator of the model.
-        identity: Layers whose output factor is the identity, as `KroneckerCurvature` has them: all
-            their units have the mean of those measured.
+        identity: Layers whose output factor is the identity, whatever units they have or come to
+            have (Shon et al. 2022, Eq. 13): all have the mean of those measured.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class DiagonalCurvature(Curvature):
         ]
 
 
-class KroneckerCurvature(Curvature):
-    """K-FAC, TK-FAC or XK-FAC of layers: `KroneckerFactors`.
+class _LayersCurvature(Curvature):
+    """A curvature made of Kronecker factors of layers.
 
     Args:
         model: The network.
@@ -113,13 +113,24 @@ class KroneckerCurvature(Curvature):
         self.of_batches = options.get("kind") == "xkfac"
 
     def _empty(self) -> KroneckerFactors:
-        # Of inputs alone, none of them weighed by gradients.
+        # Where the output factor is the identity, inputs are not to be weighed by gradients.
         return KroneckerFactors(self.model, self._layers, plain=self._identity, **self._options)
+
+    def _measure_factors(self, scan: Scan, generator: torch.Generator) -> None:
+        """One pass."""
+        self._factors = self._empty()
+        scan(lambda images, labels: self._factors.update(images, labels, generator=generator))
+
+
+class KroneckerCurvature(_LayersCurvature):
+    """K-FAC, TK-FAC or XK-FAC of layers: `KroneckerFactors`.
+
+    Takes what `_LayersCurvature` takes.
+    """
 
     def measure(self, scan: Scan, generator: torch.Generator) -> None:
         """By one pass."""
-        self._factors = self._empty()
-        scan(lambda images, labels: self._factors.update(images, labels, generator=generator))
+        self._measure_factors(scan, generator)
 
     def merge(self, other: KroneckerCurvature, mine: float, theirs: float) -> None:
         """Factor by factor, on their sums (Shon et al. 2022, Sec. 4.1)."""
@@ -154,38 +165,22 @@ class KroneckerCurvature(Curvature):
         return blocks
 
 
-class EigenCurvature(Curvature):
+class EigenCurvature(_LayersCurvature):
     """EK-FAC of layers: `EigenCorrection` in the basis of K-FAC.
 
     Tasks are merged in the basis of the merged factors, into which the values of both are turned
-    (`turned_values`); eigenvectors are computed once for a task and once for a merge.
-
-    Args:
-        model: The network.
-        layers: Paths of its layers.
-        identity: Layers whose output factor is the identity, as `KroneckerCurvature` has them.
-        **options: Of `KroneckerFactors`, but for ``kind``.
+    (`turned_values`); eigenvectors are computed once for a task and once for a merge. It takes what
+    `_LayersCurvature` takes, but for ``kind``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[str],
-        identity: Sequence[str] = (),
-        **options: Any,
-    ) -> None:
-        found = find_layers(model, layers)
-        super().__init__(model, [name for layer in found for name in layer.parameters])
-        self._layers, self._options = tuple(layers), options
-        self._turned = tuple(name for name in layers if name not in identity)
-        self._parameters = {layer.name: tuple(layer.parameters) for layer in found}
-        self._factors = KroneckerFactors(model, self._layers, **options)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._turned = tuple(name for name in self._layers if name not in self._identity)
         self._blocks: dict[str, EigenBlock] = {}
 
     def measure(self, scan: Scan, generator: torch.Generator) -> None:
         """By two passes: factors, then eigenvalues."""
-        self._factors = KroneckerFactors(self.model, self._layers, **self._options)
-        scan(lambda images, labels: self._factors.update(images, labels, generator=generator))
+        self._measure_factors(scan, generator)
         basis = self._basis()
         correction = EigenCorrection(self.model, basis, **self._options)
         scan(lambda images, labels: correction.update(images, labels, generator=generator))
@@ -215,7 +210,7 @@ class EigenCurvature(Curvature):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes sums and blocks."""
         own = "factors/"
-        self._factors = KroneckerFactors(self.model, self._layers, **self._options)
+        self._factors = self._empty()
         self._factors.load_tensors(
             {k[len(own) :]: v for k, v in tensors.items() if k.startswith(own)}
         )
@@ -228,9 +223,9 @@ class EigenCurvature(Curvature):
         """A block for each layer."""
         shapes = dict(self.model.named_parameters())
         blocks: list[tuple[tuple[str, ...], Product]] = []
-        if len(self._turned) < len(self._layers):
+        alike = [name for name in self._layers if name in self._identity]
+        if alike:
             dense = self._factors.dense()
-            alike = [name for name in self._layers if name not in self._turned]
             blocks = [(self._parameters[name], _right_product(dense[name])) for name in alike]
         for name, block in self._blocks.items():
             parameters = self._parameters[name]

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastcil.cores import usable_cores
 from fastcil.data.assemble import assemble
 from fastcil.data.ingest_plan import ChangedError, IngestPlan, make_plan, read_plan
 from fastcil.data.ingest_work import JOURNAL, Decoders, Journal
@@ -93,7 +94,7 @@ def ingest(
     with locked(folder, "out", "give another folder"):
         plan = _plan(source, folder, short_side, skip_bad, chunk_nbytes, tell)
         journal = Journal.open(folder / JOURNAL)
-        count = workers or _cores()
+        count = workers or len(usable_cores())
         _announce(plan, journal, folder, out, count, tell)
         _decode(plan, journal, folder, count, skip_bad, tell)
         data = _complete(plan, journal, folder, source, skip_bad)
@@ -103,11 +104,6 @@ def ingest(
     bad = f"; {len(data.skipped):,} left out, first {data.skipped[0]}" if data.skipped else ""
     tell(f"{out}: complete, {len(data.train) + len(data.test):,} images{bad}")
     return out
-
-
-def _cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_finished(source: str, out: Path, short_side: int | None) -> bool:

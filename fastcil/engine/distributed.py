@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastcil.cores import usable_cores
 from fastcil.engine.groups import EngineOptions
 from fastcil.engine.peers import Peers
 from fastcil.engine.resolve import pick_device
@@ -338,20 +339,13 @@ def _threads(ranks: Ranks, local_size: int) -> int:
     Its cores are shared out among those of a machine, whether each may use all of them or
     ``torchrun`` bound each to its own.
     """
-    found = ranks.texts(f"{os.environ.get('GROUP_RANK', '0')} {','.join(map(str, _cores()))}")
+    found = ranks.texts(f"{os.environ.get('GROUP_RANK', '0')} {','.join(map(str, usable_cores()))}")
     cores: dict[str, set[str]] = {}
     for text in found:
         machine, _, own = text.partition(" ")
         cores.setdefault(machine, set()).update(own.split(","))
     fewest = min(len(own) // local_size for own in cores.values())
     return max(1, fewest)
-
-
-def _cores() -> list[int]:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def _program() -> dict[str, str]:

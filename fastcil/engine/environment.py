@@ -15,6 +15,7 @@ import numpy
 import torch
 
 import fastcil
+from fastcil.cores import usable_cores
 from fastcil.engine.resolve import pick_device
 from fastcil.nn.ranks import current
 from fastcil.ops import extension_available
@@ -101,5 +102,4 @@ def _processor() -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {len(usable_cores())} cores, {torch.backends.cpu.get_cpu_capability()}"

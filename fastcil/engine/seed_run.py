@@ -59,7 +59,7 @@ class SeedRun:
         self._saved_at = time.monotonic()
         self._task_began = 0.0
         self._ahead: dict[str, int] | None = None
-        self._before: list[dict[str, Any]] = []  # environments of earlier sittings
+        self._sittings: list[dict[str, Any]] = []  # environments, this one's last
         self._first: FirstTask | None = None
         if first is not None:
             self._first = first.take if plan.first_task else first.keep
@@ -87,6 +87,7 @@ class SeedRun:
     def _run(self) -> SeedOutcome:
         tell = self._listener()
         tell("run", {"method": self.plan.settings.method, "seed": self.seed})
+        self._sittings = [environment(self.plan.device)]
         resume = self._restore(tell)
         arrivals = self.plan.scenario.arrivals
         try:
@@ -139,7 +140,7 @@ class SeedRun:
             # Each has read the file by itself: on another machine it might be an older one.
             check_alike(self.learner.parts.checksums(), "in the checkpoint")
         self.outcome = SeedOutcome(self.seed, [TaskOutcome(**t) for t in state["tasks"]])
-        self._before = state.get("sittings", [])
+        self._sittings = [*state.get("sittings", []), *self._sittings]
         tell("resumed", {"task": len(self.outcome.tasks), "path": str(file)})
         return state if "trainer" in state else None
 
@@ -287,10 +288,8 @@ class SeedRun:
         """One file holds everything, so that a kill leaves this checkpoint or the one before."""
         if self._writes is not None:
             tasks = [asdict(task) for task in self.outcome.tasks]
-            sittings = {"sittings": [*self._before, environment(self.plan.device)]}
-            save_state(
-                self._writes / CHECKPOINT, {"learner": learner, "tasks": tasks, **sittings, **more}
-            )
+            state = {"learner": learner, "tasks": tasks, "sittings": self._sittings, **more}
+            save_state(self._writes / CHECKPOINT, state)
             self._saved_at = time.monotonic()
 
     def _finish(self) -> None:
@@ -298,7 +297,7 @@ class SeedRun:
         folder, learner = self.folder, self.learner
         if folder is None or learner is None:
             return
-        measured = together([*self._before, environment(self.plan.device)])
+        measured = together(self._sittings)
 
         def write() -> None:
             learner.save(folder / LEARNER)

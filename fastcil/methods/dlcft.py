@@ -180,12 +180,12 @@ class DLCFT(Method):
         """Linearises the pre-trained extractor, or adds classes whose weights start at zero."""
         if task.first:
             self.network = start_network(self._extractor(self.context.make_backbone), task.total)
+            # What it can't be made of is told before anything is trained.
+            self._curvature()
         else:
             linear_head(self.network).grow(task.total)
         self.outputs.add(len(task.new_classes))
         head = linear_head(self.network)
-        # What it can't be made of is told before anything is trained.
-        self._curvature()
         if self.config.loss == "squared":
             with torch.no_grad():
                 head.weight[task.known :].zero_()

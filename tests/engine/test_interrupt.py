@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backbones import ConvNet
-from compositions import SAMPLE
+from compositions import SAMPLE, SHORT
 
 from fastcil import FastcilError, Learner, train
 from fastcil.engine.result import Result
@@ -22,20 +22,6 @@ OPTIONS = {
     "engine.progress": False,
     "engine.checkpoint_seconds": 0,
     "augment.size": 12,
-}
-# Refreshes of boxes, warm-ups and milestones all fall within the few epochs there are.
-SHORT = {
-    "cam.refresh": 1,
-    "cim.refresh": 1,
-    "aanets.gradients": "summed",
-    "cim.steps_per_class": 1.0,
-    "der.representation.warmup": 100,
-    "eec.width": 4,
-    "lecnet.later.epochs": 200,
-    "lecnet.analyse": True,
-    "samc.first.batch_size": 3,
-    "samc.later.batch_size": 3,
-    "samc.analyse": True,
 }
 
 
