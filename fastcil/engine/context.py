@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastcil.contract import Look
 from fastcil.data import Augmentation, Examples, read_batch
+from fastcil.nn.folding import folding
 from fastcil.ops import send
 
 
@@ -87,13 +88,14 @@ class EngineContext:
         crop = self.augmentation.whole if look == "whole" else self.augmentation.centre
         outputs: list[tuple[Tensor, ...]] = []
         # An empty set still runs once, on no image, so that the outputs have their shapes.
-        for start in range(0, max(len(examples), 1), self.batch_size):
-            index = torch.arange(start, min(start + self.batch_size, len(examples)))
-            pixels = self._read(examples, index, crop(sizes[index]), flip)
-            labels, shapes = send((held[index], sizes[index]), self.device)
-            with self._autocast():
-                row = function(pixels, labels, shapes)
-            outputs.append(tuple(map(self._widened, row)))
+        with folding():
+            for start in range(0, max(len(examples), 1), self.batch_size):
+                index = torch.arange(start, min(start + self.batch_size, len(examples)))
+                pixels = self._read(examples, index, crop(sizes[index]), flip)
+                labels, shapes = send((held[index], sizes[index]), self.device)
+                with self._autocast():
+                    row = function(pixels, labels, shapes)
+                outputs.append(tuple(map(self._widened, row)))
         return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
 
     def _autocast(self) -> torch.autocast:

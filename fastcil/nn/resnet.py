@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastcil.errors import FastcilError
+from fastcil.nn.folding import conv_norm
 
 Stem = Literal["imagenet", "small", "cifar"]
 """How a network begins: 7x7 stride 2 and max-pool (size / 4), 3x3 stride 2 (size / 2), or 3x3."""
@@ -35,8 +36,20 @@ class PaddedShortcut(nn.Module):
         return functional.pad(kept, (0, 0, 0, 0, 0, self.extra_channels))
 
 
+class ConvNorm(nn.Sequential):
+    """A convolution, its batch norm, and what follows, by `conv_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C', h', w']."""
+        conv, norm, *rest = self
+        x = conv_norm(conv, norm, x)
+        for part in rest:
+            x = part(x)
+        return x
+
+
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    return nn.Sequential(
+    return ConvNorm(
         nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
     )
 
@@ -70,18 +83,18 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C', h / stride, w / stride]."""
-        y = self.relu1(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y)) + self.shortcut(x)
+        y = self.relu1(conv_norm(self.conv1, self.bn1, x))
+        y = conv_norm(self.conv2, self.bn2, y) + self.shortcut(x)
         result: Tensor = self.relu2(y)
         return result
 
 
-def _stem(kind: str, width: int) -> nn.Sequential:
+def _stem(kind: str, width: int) -> ConvNorm:
     """First convolution, batch norm and ReLU, with a max-pool for "imagenet"."""
     if kind not in STEMS:
         raise FastcilError(f"stem is {kind!r}; it must be one of {', '.join(STEMS)}.")
     kernel, stride = {"imagenet": (7, 2), "small": (3, 2), "cifar": (3, 1)}[kind]
-    stem = nn.Sequential(
+    stem = ConvNorm(
         nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
