@@ -60,14 +60,14 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     folded = _FOLDED.get()
     if folded is None or type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
         return _one_by_one(conv, norm, x)
-    if norm.training or norm.running_var is None or conv.padding_mode != "zeros":
+    mean, variance = norm.running_mean, norm.running_var
+    if norm.training or mean is None or variance is None or conv.padding_mode != "zeros":
         return _one_by_one(conv, norm, x)
     if any(part._forward_hooks or part._forward_pre_hooks for part in (conv, norm)):
         return _one_by_one(conv, norm, x)
     if norm not in folded:
-        statistics = norm.running_mean, norm.running_var, norm.eps
         folded[norm] = fuse_conv_bn_weights(
-            conv.weight, conv.bias, *statistics, norm.weight, norm.bias
+            conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
         )
     weight, bias = folded[norm]
     return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
