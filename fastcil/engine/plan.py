@@ -21,6 +21,7 @@ from fastcil.engine.parts import Parts
 from fastcil.engine.resolve import natural_look, pick_device
 from fastcil.engine.scenario import Scenario, make_scenario
 from fastcil.engine.state import write_atomically
+from fastcil.engine.weights import file_checksum
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget
 from fastcil.memory.checksum import checksum
@@ -42,9 +43,10 @@ class Plan:
     """Everything that decides what a run computes.
 
     ``images`` is the data set's `fingerprint`, wherever its images are placed meanwhile.
-    ``codec_checksum`` is that of the codec's weights, if it has some: another file may have come to
-    stand where they were read. ``first_task`` is the label of the run whose first task this one
-    takes over, ``first_task_checksum`` that of its identity.
+    ``codec_checksum`` is that of the codec's weights, ``weights_checksum`` that of the file that
+    networks start from, if there are such: another may have come to stand where they were read.
+    ``first_task`` is the label of the run whose first task this one takes over,
+    ``first_task_checksum`` that of its identity.
     """
 
     settings: Settings
@@ -58,6 +60,7 @@ class Plan:
     backbone: Callable[[], torch.nn.Module] | None = None
     preset: str | None = None
     codec_checksum: str | None = None
+    weights_checksum: str | None = None
     first_task: str | None = None
     first_task_checksum: str = ""
 
@@ -85,6 +88,8 @@ class Plan:
             config["first_task"] = f"that of {self.first_task}, crc32 {self.first_task_checksum}"
         for name in ("seeds", "load", "preset"):
             config.pop(name, None)
+        if self.weights_checksum is not None:
+            config["network"]["weights"] = self.weights_checksum
         config["images"] = self.images
         config["tasks"] = _stream_fingerprint(self.scenario)
         if self.codec_checksum is not None:
@@ -175,6 +180,7 @@ def make_plan(
         backbone,
         preset,
         checksum(codec_state)[:16] if codec_state else None,
+        file_checksum(groups["network"].weights),
     )
 
 

@@ -114,6 +114,20 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return read_tensors(path, "network.weights")
 
 
+def file_checksum(weights: str | None) -> str | None:
+    """What tells one file of weights from another, wherever it lies.
+
+    Args:
+        weights: ``network.weights``: a path, the name of a `StateDict`, or None.
+
+    Returns:
+        The first 16 digits of the file's SHA-256; None if it is no file.
+    """
+    if weights is None or weights.startswith(_NAMED):
+        return None
+    return f"sha256 {hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]}"
+
+
 @dataclass
 class Fit:
     """Which weights go where in a network, and which nowhere.
