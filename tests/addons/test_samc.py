@@ -149,7 +149,8 @@ def test_what_it_learns_from_are_new_images_masked_as_exemplars_will_be(completi
     if len(sides) == 1:
         assert torch.equal(held.originals.flatten(), chosen.images.pixels)
     enlarged = F.interpolate(maps[:, None], (side, side), mode="bilinear")[:, 0]
-    keep = (enlarged > 0.4) | (maps.amax((1, 2)) == 0)[:, None, None]
+    low, high = enlarged.amin((1, 2), keepdim=True), enlarged.amax((1, 2), keepdim=True)
+    keep = ((enlarged - low) / (high - low) > 0.4) | (high == 0)
     assert 0 < float(keep.float().mean()) < 1
     assert torch.equal(held.inputs[keep], held.originals[keep])
     zeros = (held.inputs[~keep] == 0).all()

@@ -17,6 +17,8 @@ from fastcil.memory.codecs.sparse_store import SparseStore
 Refine = Callable[[ImageStore, Tensor], ImageStore]
 """Completed images, and where their pixels were kept (bool [sum of H W]) -> better ones."""
 
+_ROUNDING = 2.0**-20  # of what a constant map's enlarged values come to differ by, relatively
+
 
 class SparseCodec(Codec[SparseStore]):
     r"""The pixels whose saliency is above a threshold; the others are inpainted when it is read.
@@ -119,15 +121,16 @@ def salient_pixels(maps: Tensor, sizes: Tensor, threshold: float) -> Tensor:
     r"""1{M > mu}, which pixels of each image are kept (Bai et al. 2023, Eq. 4.4).
 
     M is the map enlarged to the image's own size (App. D, Eq. D.3; bilinear, half-pixel centres,
-    align_corners=False, as `fastcil.ops.cam_boxes` does it).
+    align_corners=False, as `fastcil.ops.cam_boxes` does it) and then scaled to [0, 1], as the
+    released code does it. Scaled before, it would fall short of 1: the peak of a small map lies
+    between pixels when it is enlarged.
 
-    A map that says nothing, being constant or not finite, keeps every pixel: released, a map of
-    zeros becomes NaN when it is scaled to [0, 1], and nothing is dropped. So does a threshold
-    of 0. Of an image with no pixel above the threshold those of the highest saliency are kept: the
-    peak of a map falls between pixels when it is enlarged, and can be missed.
+    A map that says nothing, being constant but for rounding or not finite, keeps every pixel:
+    released, a map of zeros becomes NaN when it is scaled, and nothing is dropped. So does a
+    threshold of 0.
 
     Args:
-        maps: From 0 to 1.  # float [N, h, w]
+        maps: Of any range.  # float [N, h, w]
         sizes: Heights and widths.  # int64 [N, 2]
         threshold: mu, from 0 to below 1.
 
@@ -155,15 +158,14 @@ def salient_pixels(maps: Tensor, sizes: Tensor, threshold: float) -> Tensor:
     if not maps[0].numel():
         raise FastcilError(f"maps has shape {tuple(maps.shape)}; h and w must be at least 1.")
     sizes = sizes.to(maps.device)
-    low, high = maps.flatten(1).float().aminmax(dim=1)
-    # NaN and infinity fail the comparison: inf - inf is NaN.
-    speaks = (high - low > 0) & (high - low < float("inf"))  # [N]
     for rows, index, height, width in by_size(sizes):
         group = maps[rows, None].float()
         enlarged = F.interpolate(group, size=(height, width), mode="bilinear").flatten(1)
-        peak = enlarged.amax(1, keepdim=True)
-        above = (enlarged > threshold) | ((enlarged == peak) & (peak <= threshold))
-        keep[index] = above | ~speaks[rows, None]
+        low, high = (bound[:, None] for bound in enlarged.aminmax(dim=1))
+        # NaN and infinity fail the comparison: inf - inf is NaN.
+        rounding = _ROUNDING * torch.maximum(low.abs(), high.abs())
+        speaks = (high - low > rounding) & (high - low < float("inf"))
+        keep[index] = (enlarged - low > threshold * (high - low)) | ~speaks
     return keep
 
 

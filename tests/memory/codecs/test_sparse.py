@@ -206,8 +206,12 @@ def test_pixels_above_the_threshold_are_kept(threshold, cells):
     split = keep.split([h * w for h, w in SIZES])
     for mask, size, scores in zip(split, SIZES, maps, strict=True):
         enlarged = F.interpolate(scores[None, None], size=size, mode="bilinear").flatten()
-        above = enlarged > threshold
-        assert torch.equal(mask, above if above.any() else enlarged == enlarged.max())
+        low, high = enlarged.aminmax()
+        expected = (enlarged - low) / (high - low) > threshold
+        assert torch.equal(mask, expected if high - low > 1e-5 else torch.ones_like(expected))
+        # Whatever range the map has itself.
+        size = torch.tensor([size])
+        assert torch.equal(salient_pixels(8 * scores[None] - 4, size, threshold), mask)
 
 
 def test_masks_fill_the_boxes_of_cam_boxes():
@@ -216,8 +220,11 @@ def test_masks_fill_the_boxes_of_cam_boxes():
     maps = (features[:, 0] - low[:, None, None]) / (high - low)[:, None, None]
     boxes, valid = cam_boxes(features, torch.ones(6, 1), (37, 50), 0.6)
     assert bool(valid.all())
-    keep = salient_pixels(maps, torch.tensor([[37, 50]] * 6), 0.6).view(6, 37, 50)
-    for mask, (y0, x0, y1, x1) in zip(keep, boxes.tolist(), strict=True):
+    for scores, (y0, x0, y1, x1) in zip(maps, boxes.tolist(), strict=True):
+        # Boxes are of the map as it was scaled before it was enlarged.
+        low, high = F.interpolate(scores[None, None], size=(37, 50), mode="bilinear").aminmax()
+        threshold = float((0.6 - low) / (high - low))
+        mask = salient_pixels(scores[None], torch.tensor([[37, 50]]), threshold).view(37, 50)
         rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
         assert [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1] == [y0, x0, y1, x1]
 
