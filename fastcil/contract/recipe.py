@@ -39,6 +39,7 @@ class Recipe:
         warmup: Epochs of linear warm-up, part of ``epochs``.
         optimizer: ``sgd`` (with ``momentum``) or ``adam``.
         momentum: SGD's momentum.
+        nesterov: Whether it is Nesterov's, which looks a step ahead.
         weight_decay: L2 penalty as the optimiser applies it.
         batch_size: Images per step of the first stream.
         clip: Largest gradient norm, 0 for none.
@@ -57,6 +58,7 @@ class Recipe:
     warmup: int = 0
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
     batch_size: int = 128
     clip: float = 0.0
@@ -73,6 +75,11 @@ class Recipe:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise FastcilError(f"{name} is {value}; it must be a positive number.")
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
+            raise FastcilError(
+                f"nesterov is True with optimizer '{self.optimizer}' and momentum {self.momentum}; "
+                f"it goes with 'sgd' and a momentum above 0."
+            )
         check_choices(self)
 
     def factor(self, epoch: int) -> float:
@@ -101,7 +108,8 @@ class Recipe:
         settings: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, form: True}
         if self.optimizer == "adam":
             return torch.optim.Adam(trained, **settings)
-        optimizer = torch.optim.SGD(trained, momentum=self.momentum, **settings)
+        settings |= {"momentum": self.momentum, "nesterov": self.nesterov}
+        optimizer = torch.optim.SGD(trained, **settings)
         if form == "fused" and self.momentum:
             # A first step that loss scaling skips would leave torch's own uninitialised.
             for parameter in trained:

@@ -38,8 +38,7 @@ BASE_SESSION = Recipe(epochs=100, lr=0.1, schedule="step", milestones=(60,))
 def session(epochs: int, lr: float = 0.1, drop: int | None = None, batch_size: int = 128) -> Recipe:
     """A few-shot session's training, as in the code of Tao et al. (2020, TOPIC).
 
-    All shots come in one batch, of at most 128 images. Their momentum is Nesterov's; here it is
-    plain momentum.
+    All shots come in one batch, of at most 128 images, and momentum is Nesterov's.
 
     Args:
         epochs: Steps, where all shots make one batch.
@@ -52,5 +51,5 @@ def session(epochs: int, lr: float = 0.1, drop: int | None = None, batch_size: i
         0.010000000000000002
     """
     if drop is None:
-        return Recipe(epochs=epochs, lr=lr, schedule="constant", batch_size=batch_size)
-    return Recipe(epochs, lr, schedule="step", milestones=(drop,), batch_size=batch_size)
+        return Recipe(epochs, lr, "constant", nesterov=True, batch_size=batch_size)
+    return Recipe(epochs, lr, "step", milestones=(drop,), nesterov=True, batch_size=batch_size)

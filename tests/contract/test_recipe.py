@@ -66,7 +66,9 @@ def build_plain(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.O
     settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "foreach": False}
     if recipe.optimizer == "adam":
         return torch.optim.Adam(parameters, **settings)
-    return torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
+    return torch.optim.SGD(
+        parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, **settings
+    )
 
 
 def draw_parameters(seed: int, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -88,9 +90,10 @@ def pull(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], step:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam"])
 def test_the_fused_optimizers_are_the_plain_ones(name, dtype) -> None:
-    recipe = Recipe(1, 0.01, optimizer=name, momentum=0.8, weight_decay=0.02)
+    options = {"optimizer": "sgd", "nesterov": True} if name == "nesterov" else {"optimizer": name}
+    recipe = Recipe(1, 0.01, momentum=0.8, weight_decay=0.02, **options)
     fused, plain = draw_parameters(0, dtype), draw_parameters(0, dtype)
     optimizer, reference = recipe.make_optimizer(fused), build_plain(recipe, plain)
     assert optimizer.param_groups[0]["fused"]
@@ -150,6 +153,16 @@ def test_an_optimizer_goes_on_from_a_file_to_the_same_bits(name, form) -> None:
         ({"lr": float("inf")}, "lr is inf; it must be a positive number."),
         ({"gamma": 0.0}, "gamma is 0.0; it must be a positive number."),
         ({"schedule": "exp"}, "schedule is 'exp'; it must be one of cosine, step, constant."),
+        (
+            {"nesterov": True, "momentum": 0.0},
+            "nesterov is True with optimizer 'sgd' and momentum 0.0; it goes with 'sgd' and a "
+            "momentum above 0.",
+        ),
+        (
+            {"nesterov": True, "optimizer": "adam"},
+            "nesterov is True with optimizer 'adam' and momentum 0.9; it goes with 'sgd' and a "
+            "momentum above 0.",
+        ),
         ({"optimizer": "lion"}, "optimizer is 'lion'; it must be one of sgd, adam."),
     ],
 )
