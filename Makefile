@@ -38,7 +38,7 @@ help:
 	@echo "make lint     ruff, mypy and import-linter alone"
 	@echo "make bench    time the ops; figures go to benchmarks/results and into README.md"
 	@echo "make bench-peers   the same, after the packages they are compared with are installed"
-	@echo "make bench-steps   time steps and epochs; PYCIL=FOLDER times a checkout of PyCIL beside them"
+	@echo "make bench-steps   time steps and epochs; PYCIL= and MAMMOTH= name checkouts to time beside"
 	@echo "make gpu      on a GPU: test-gpu, sanitize, bench-gpu, bench-gpu-runs, one after the other"
 	@echo "make clean    remove what make made, except the demo's report"
 	@echo
@@ -70,15 +70,17 @@ bench-peers: $(READY)
 	$(PIP) --no-deps $(PEERS)
 	$(MAKE) bench
 
-# DATA and PHOTOS as fastcil train takes them; PyCIL needs tqdm and scipy. A quarter of an hour.
+# DATA and PHOTOS as fastcil train takes them; PyCIL needs tqdm and scipy, Mammoth tqdm and kornia.
+# Twenty minutes.
 DATA ?= cifar100
 PHOTOS ?=
 PYCIL ?=
+MAMMOTH ?=
 STEPS = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) benchmarks/step_run.py
 bench-steps: $(READY)
-	$(if $(PYCIL),$(if $(strip $(VENV)),$(PIP) --no-deps tqdm scipy))
+	$(if $(PYCIL)$(MAMMOTH),$(if $(strip $(VENV)),$(PIP) --no-deps tqdm scipy kornia kornia_rs))
 	$(STEPS) time --data $(DATA) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PYCIL),--pycil $(PYCIL)) \
-	  $(STEPS_ARGS)
+	  $(if $(MAMMOTH),--mammoth $(MAMMOTH)) $(STEPS_ARGS)
 	$(STEPS) table
 
 gpu: test-gpu sanitize bench-gpu bench-gpu-runs

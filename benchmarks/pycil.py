@@ -31,14 +31,9 @@ def load(folder: Path) -> None:
     """Makes PyCIL's modules importable."""
     if not (folder / "models" / "foster.py").is_file():
         raise SystemExit(f"--pycil is '{folder}', which holds no models/foster.py of PyCIL's.")
-    try:
-        importlib.import_module("torchvision.transforms")
-    except (ImportError, RuntimeError):
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        import torchvision_stand_in
+    import torchvision_stand_in
 
-        torchvision_stand_in.install()
+    torchvision_stand_in.install_if_missing()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 

@@ -1,6 +1,7 @@
-"""Times whole steps and epochs, beside PyCIL's where its folder is given, and keeps the figures.
+"""Times whole steps and epochs, beside peers' where their folders are given, and keeps the figures.
 
-python benchmarks/step_run.py time [--data cifar100] [--pycil FOLDER] [--photos caltech101-50c.tar]
+python benchmarks/step_run.py time [--data cifar100] [--pycil FOLDER] [--mammoth FOLDER]
+    [--photos caltech101-50c.tar]
 python benchmarks/step_run.py table                                             # -> README.md
 
 Epochs of all ways are timed in turn, round after round, in one process, and ratios are of medians;
@@ -28,7 +29,7 @@ from fastcil.engine.state import write_atomically
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "steps"
 FACTS = ("fastcil", "python", "torch", "numpy", "processor", "device")
-SECTIONS = ("peers", "memory", "methods", "growth", "photos")
+SECTIONS = ("peers", "mammoth", "memory", "methods", "growth", "photos")
 
 
 def file_of(facts: dict[str, Any]) -> Path:
@@ -61,12 +62,15 @@ def time_all(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     facts = environment(arguments.device)
     path = arguments.out or file_of(facts)
-    shown = "make bench-steps" + (" PYCIL=..." if arguments.pycil else "")
+    shown = "make bench-steps"
+    shown += " PYCIL=..." if arguments.pycil else ""
+    shown += " MAMMOTH=..." if arguments.mammoth else ""
     only = list(filter(None, arguments.only.split(","))) or SECTIONS
     if unknown := sorted(set(only) - set(SECTIONS)):
         raise SystemExit(f"--only names {', '.join(unknown)}; there are {', '.join(SECTIONS)}.")
     makers: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "peers": lambda: step_sections.peers(arguments),
+        "mammoth": lambda: step_sections.mammoths(arguments),
         "memory": lambda: step_sections.memory(arguments),
         "methods": lambda: step_sections.methods(arguments),
         "growth": lambda: (
@@ -95,6 +99,7 @@ def main() -> None:
     timer.add_argument("--data", default="cifar100", help="CIFAR-100, as fastcil train takes it")
     timer.add_argument("--photos", default="", help="photos, a tar or a folder; none: left out")
     timer.add_argument("--pycil", type=Path, default=None, help="a checkout of PyCIL")
+    timer.add_argument("--mammoth", type=Path, default=None, help="a checkout of Mammoth")
     timer.add_argument("--device", default="cpu")
     timer.add_argument("--threads", type=int, default=2)
     timer.add_argument("--only", default="", help="sections, separated by commas")
@@ -109,7 +114,7 @@ def main() -> None:
     commands.add_parser("table", help="write the kept figures into README.md")
     arguments = parser.parse_args()
     if arguments.command == "time":
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for PyCIL's workers
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the peers' workers
         time_all(arguments)
         return
     readme = ROOT / "README.md"

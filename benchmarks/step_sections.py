@@ -1,4 +1,4 @@
-"""The sections of `step_run`: methods, PyCIL beside ours, memory, photos."""
+"""The sections of `step_run`: methods, PyCIL and Mammoth beside ours, memory, photos."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from step_case import BEST, MODES, Epoch, Run, Work
 
 METHODS = ("finetune", "icarl", "der", "foster", "foster+cim", "gem", "dlcft")
 OURS, THEIRS = "fastcil", "PyCIL"
+MAMMOTH = "Mammoth"
+# Mammoth's network, its width, and images in its buffer: a step of GEM's sees all of them.
+MAMMOTHS = {"darkpp": ("resnet18", 64, 500), "gem": ("reduced-resnet18", 20, 200)}
+MAMMOTH_BATCH = 32
 PHOTO_SIDE, PHOTO_BATCH, PHOTO_STEPS = 224, 32, 6
 _SHORT = 5  # steps of an epoch where only shares are wanted
 
@@ -139,23 +143,48 @@ def peers(arguments: Namespace) -> list[dict[str, Any]]:
         assert peer.extractor_parameters() - run.extractor_parameters() == 650, "other networks"
         modes = ["fp32", "bf16", BEST] if method == "foster" else modes_of(method, arguments)
         steps = arguments.steps if method == "foster" else max(2, arguments.steps // 3)
-        ways: dict[str, Callable[[], Epoch]] = {THEIRS: partial(peer.epoch, steps)}
-        for mode in modes:
-            run.epoch(2, mode)
-            ways[f"{OURS}, {mode}"] = partial(run.epoch, steps, mode)
-        peer.epoch(1)
-        taken = in_rounds(ways, arguments.rounds)
-        reads = {THEIRS: peer.read(8), OURS: run.read(40)}
-        rows.append(
-            {
-                "method": method,
-                "steps": steps,
-                "ways": {way: summary(epochs) for way, epochs in taken.items()},
-                "read": {way: round(rate, 1) for way, rate in reads.items()},
-            }
-        )
-        del peer, run, ways
+        row = beside(run, peer, THEIRS, modes, steps, arguments.rounds)
+        row["read"] = {THEIRS: round(peer.read(8), 1), OURS: round(run.read(40), 1)}
+        rows.append({"method": method, **row})
+        del peer, run
     return rows
+
+
+def mammoths(arguments: Namespace) -> list[dict[str, Any]]:
+    """Epochs of Mammoth's and ours in turn; images count as often as a network sees them."""
+    if arguments.mammoth is None:
+        return []
+    from mammoth import Peer
+
+    rows = []
+    for method, (network, width, held) in MAMMOTHS.items():
+        batch = min(MAMMOTH_BATCH, arguments.batch)
+        peer = Peer(
+            arguments.mammoth, method, arrays(arguments), network, batch, held, arguments.device
+        )
+        options = {"network.name": "resnet18", "network.width": width, "network.stem": "cifar"}
+        memory = f"{held} images"
+        work = Work("CIFAR-100", few(arguments).data, memory=memory, batch=batch, options=options)
+        run = Run(method, work, arguments.device)
+        assert peer.extractor_parameters() == run.extractor_parameters(), "other networks"
+        modes = modes_of(method, arguments)
+        row = beside(run, peer, MAMMOTH, modes, max(2, arguments.steps // 2), arguments.rounds)
+        rows.append({"method": method, **row})
+        del peer, run
+    return rows
+
+
+def beside(
+    run: Run, peer: Any, theirs: str, modes: list[str], steps: int, rounds: int
+) -> dict[str, Any]:
+    """Epochs of a peer's and of ours in every mode, in turn."""
+    ways: dict[str, Callable[[], Epoch]] = {theirs: partial(peer.epoch, steps)}
+    for mode in modes:
+        run.epoch(2, mode)
+        ways[f"{OURS}, {mode}"] = partial(run.epoch, steps, mode)
+    peer.epoch(1)
+    taken = in_rounds(ways, rounds)
+    return {"steps": steps, "ways": {way: summary(epochs) for way, epochs in taken.items()}}
 
 
 def memory(arguments: Namespace) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 MARKS = ("<!-- steps -->", "<!-- /steps -->")
 PHASES = ("data", "forward", "backward", "optimiser", "addon")
-_OURS, _THEIRS = "fastcil", "PyCIL"
+_OURS, _THEIRS, _MAMMOTH = "fastcil", "PyCIL", "Mammoth"
 
 
 def with_table(readme: str, contents: list[dict[str, Any]]) -> str:
@@ -24,6 +24,7 @@ def table(content: dict[str, Any]) -> str:
     """All sections of a device, and a line that says where they come from."""
     makers = {
         "peers": _peers,
+        "mammoth": _mammoth,
         "memory": _memory,
         "photos": _photos,
         "methods": _methods,
@@ -52,8 +53,8 @@ def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:,.0f}"
 
 
-def _ways(ways: dict[str, Any], first: str) -> list[list[str]]:
-    base = ways.get(_THEIRS)
+def _ways(ways: dict[str, Any], first: str, theirs: str = _THEIRS) -> list[list[str]]:
+    base = ways.get(theirs)
     rows = []
     for way, found in ways.items():
         ratio = f"{found['rate'] / base['rate']:.2f}" if base else ""
@@ -70,6 +71,11 @@ def _peers(rows: list[dict[str, Any]]) -> str:
             f"Reading alone: {read[_OURS]:,.0f} images/s, PyCIL's loader {read[_THEIRS]:,.0f}."
         )
     return "\n\n".join(lines)
+
+
+def _mammoth(rows: list[dict[str, Any]]) -> str:
+    cells = [cell for row in rows for cell in _ways(row["ways"], f"`{row['method']}`", _MAMMOTH)]
+    return _grid(["method", "way", "images/s", "times Mammoth's", "peak, MiB"], cells)
 
 
 def _memory(rows: list[dict[str, Any]]) -> str:

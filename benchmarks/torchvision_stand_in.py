@@ -1,11 +1,13 @@
-"""What PyCIL imports of torchvision, where torchvision itself can't be imported.
+"""What PyCIL and Mammoth use of torchvision, where torchvision itself can't be imported.
 
 The transforms do to a PIL image what torchvision's of that name are documented to do, by Pillow's
-and NumPy's own functions, as torchvision does; data sets are not read here. See `pycil`.
+and NumPy's own functions, as torchvision does; data sets are not read here. See `pycil` and
+`mammoth`.
 """
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -32,15 +34,18 @@ class Compose:
 class RandomCrop:
     """A square of this side anywhere in the image, which has a black margin."""
 
+    pad_if_needed, fill, padding_mode = False, 0, "constant"
+
     def __init__(self, size: int, padding: int = 0) -> None:
-        self.size, self.padding = size, padding
+        self.size, self.padding = (size, size), padding
 
     def __call__(self, image: Image.Image) -> Image.Image:
         if self.padding:
             image = ImageOps.expand(image, self.padding)
-        x = int(torch.randint(0, image.width - self.size + 1, (1,)))
-        y = int(torch.randint(0, image.height - self.size + 1, (1,)))
-        return image.crop((x, y, x + self.size, y + self.size))
+        height, width = self.size
+        x = int(torch.randint(0, image.width - width + 1, (1,)))
+        y = int(torch.randint(0, image.height - height + 1, (1,)))
+        return image.crop((x, y, x + width, y + height))
 
 
 class RandomResizedCrop:
@@ -123,11 +128,11 @@ class Normalize:
     """Less the mean, over the deviation, channel by channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return image.clone().sub_(self.mean).div_(self.std)
+        return image.clone().sub_(self._mean).div_(self._std)
 
 
 _TRANSFORMS = (
@@ -136,12 +141,28 @@ _TRANSFORMS = (
 )
 
 
-def install() -> None:
-    """Puts itself in torchvision's place in this process."""
-    transforms = ModuleType("torchvision.transforms")
+def absent(name: str) -> type:
+    """A class that nothing is of, for names that are imported and not used here."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
+
+
+def install_if_missing() -> None:
+    """Puts itself in torchvision's place in this process if torchvision can't be imported."""
+    try:
+        importlib.import_module("torchvision.transforms")
+        return
+    except (ImportError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+    package, transforms, functional = map(ModuleType, names)
+    datasets = ModuleType("torchvision.datasets")
     for transform in _TRANSFORMS:
         setattr(transforms, transform.__name__, transform)
-    package, datasets = ModuleType("torchvision"), ModuleType("torchvision.datasets")
     vars(package).update(transforms=transforms, datasets=datasets, __path__=[])
-    for module in (package, transforms, datasets):
+    vars(transforms).update(functional=functional, __path__=[])
+    for module in (package, transforms, functional, datasets):
+        module.__getattr__ = absent  # type: ignore[method-assign]
         sys.modules[module.__name__] = module

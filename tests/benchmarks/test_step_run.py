@@ -1,4 +1,4 @@
-"""What times steps: figures are those of real epochs, kept by section, and shown beside PyCIL's."""
+"""What times steps: figures are those of real epochs, kept by section, and shown beside peers'."""
 
 from __future__ import annotations
 
@@ -131,6 +131,16 @@ ROWS = {
             "read": {"PyCIL": 10.0, "fastcil": 20.0},
         }
     ],
+    "mammoth": [
+        {
+            "method": "darkpp",
+            "steps": 2,
+            "ways": {
+                "Mammoth": {"rate": 60.0, "peak": 3 << 20},
+                "fastcil, fp32": {"rate": 75.0, "peak": 1 << 20},
+            },
+        }
+    ],
     "memory": [
         {"way": "fastcil, fp32", "seconds": 2.0, "exemplars": 2000},
         {"way": "PyCIL", "seconds": 20.0, "exemplars": 2000},
@@ -152,6 +162,9 @@ def test_figures_are_kept_and_shown(tmp_path):
     for line in (
         "| `foster` | fastcil, fp32 | 150 | 1.50 | 2 |",
         "| `foster` | fastcil, bf16 | 50 | 0.50 |  |",  # a peer that wins is shown too
+        "| method | way | images/s | times Mammoth's | peak, MiB |",
+        "| `darkpp` | Mammoth | 60 | 1.00 | 3 |",
+        "| `darkpp` | fastcil, fp32 | 75 | 1.25 | 1 |",
         "| fastcil, fp32 | 2.00 | 10.0 | 2,000 |",
         "| `gem` | fp32 | 5 | 50.0% |",
         "A CPU, 2 cores, 2 threads, torch 1, Python 1, commit abc.",
