@@ -302,6 +302,7 @@ def compare(
         )
         if isinstance(data, (str, Path)):
             plan.data_name = str(data)
+        plan.label = variant.label
         plans[variant.label] = plan
     folder = Path(run_dir) if run_dir is not None else None
     firsts = share(plans, folder) if share_first_task else None

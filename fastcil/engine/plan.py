@@ -46,7 +46,8 @@ class Plan:
     ``codec_checksum`` is that of the codec's weights, ``weights_checksum`` that of the file that
     networks start from, if there are such: another may have come to stand where they were read.
     ``first_task`` is the label of the run whose first task this one takes over,
-    ``first_task_checksum`` that of its identity.
+    ``first_task_checksum`` that of its identity. ``label`` is what progress calls the run, if not
+    by its method.
     """
 
     settings: Settings
@@ -63,6 +64,7 @@ class Plan:
     weights_checksum: str | None = None
     first_task: str | None = None
     first_task_checksum: str = ""
+    label: str | None = None
 
     def config(self) -> dict[str, Any]:
         """As `config.yaml` holds it."""

@@ -37,7 +37,7 @@ class TerminalProgress:
             show(fields)
 
     def _on_run(self, fields: dict[str, Any]) -> None:
-        self._run = str(fields["method"])
+        self._run = str(fields.get("called", fields["method"]))
 
     def _on_task(self, fields: dict[str, Any]) -> None:
         self._task = f"{self._run} task {fields['task'] + 1}/{fields['tasks']}"

@@ -86,7 +86,10 @@ class SeedRun:
 
     def _run(self) -> SeedOutcome:
         tell = self._listener()
-        tell("run", {"method": self.plan.settings.method, "seed": self.seed})
+        called = self.plan.label or self.plan.settings.method
+        if len(self.plan.seeds) > 1:
+            called += f", seed {self.seed}:"
+        tell("run", {"method": self.plan.settings.method, "seed": self.seed, "called": called})
         self._sittings = [environment(self.plan.device)]
         resume = self._restore(tell)
         arrivals = self.plan.scenario.arrivals
