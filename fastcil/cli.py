@@ -6,8 +6,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from fastcil.errors import FastcilError, RankLostError
+
+if TYPE_CHECKING:
+    from fastcil.engine.compare import Comparison
 
 _USAGE = """usage: fastcil COMMAND [options]
 
@@ -113,21 +117,30 @@ def _train(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    from rich.console import Console
-
     from fastcil.engine.arguments import parse_run
-    from fastcil.engine.compare import compare
+    from fastcil.engine.compare import RunsFailedError, compare
 
     options = parse_run("compare", arguments)
     options["run_dir"] = options["run_dir"] or _default_dir(
         "compare", options["data"], options["scenario"]
     )
-    comparison = compare(**options)
+    try:
+        comparison = compare(**options)
+    except RunsFailedError as error:
+        _show(error.comparison, options["run_dir"])
+        raise
+    return _show(comparison, options["run_dir"])
+
+
+def _show(comparison: Comparison, run_dir: str) -> int:
+    """Prints the tables of a comparison, and writes its report."""
+    from rich.console import Console
+
     console = Console(width=200 if not sys.stdout.isatty() else None)
     for table in (comparison.table(), comparison.sessions_table()):
         if table is not None:
             console.print(table)
-    return _write_report(options["run_dir"])
+    return _write_report(run_dir)
 
 
 def _pretrain(arguments: list[str]) -> int:

@@ -78,7 +78,7 @@ class Recipe:
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
             raise FastcilError(
                 f"nesterov is True with optimizer '{self.optimizer}' and momentum {self.momentum}; "
-                f"it goes with 'sgd' and a momentum above 0."
+                f"set it to False, or use 'sgd' and a momentum above 0."
             )
         check_choices(self)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from fastcil.cores import usable_cores
 from fastcil.data.listing import Listing, Parts, Source, read_source
 from fastcil.data.store import Examples, ImageStore
 from fastcil.errors import DataError
@@ -117,7 +117,7 @@ def _decode_all(
     listing: Listing, files: Sequence[Parts]
 ) -> Generator[np.ndarray | DataError, None, None]:
     """Decode in parallel, giving the images or what is wrong with them in order."""
-    threads = os.cpu_count() or 1
+    threads = len(usable_cores())
     waiting: deque[Future[np.ndarray | DataError]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for file in files:

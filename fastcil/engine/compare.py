@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from rich.table import Table
 
 from fastcil.engine.epoch_choice import PAPER_MODE, choice_notes
+from fastcil.engine.first_task import SharedFirstTask
 from fastcil.engine.first_task import share_first_task as share
 from fastcil.engine.metrics import mean_interval
 from fastcil.engine.needs import announce
@@ -30,6 +32,7 @@ from fastcil.engine.run import is_left, run_plan
 from fastcil.engine.scenario import Scenario
 from fastcil.engine.state import write_atomically
 from fastcil.engine.variants import Methods, parse_variants
+from fastcil.errors import FastcilError, RankLostError
 from fastcil.memory import Budget
 
 _MEASURES = ("average", "last", "forgetting", "bwt")
@@ -228,6 +231,21 @@ class Comparison:
         write_atomically(path, json.dumps(content, indent=1).encode())
 
 
+class RunsFailedError(FastcilError):
+    """Some of the runs of a comparison failed; those that didn't are its ``comparison``.
+
+    Args:
+        comparison: The others' results.
+        failed: Label -> what was wrong.
+    """
+
+    def __init__(self, comparison: Comparison, failed: Mapping[str, FastcilError]) -> None:
+        self.comparison = comparison
+        reasons = "; ".join(f"'{label}': {str(why).rstrip('.')}" for label, why in failed.items())
+        count = len(failed) + len(comparison.results)
+        super().__init__(f"{len(failed)} of {count} runs failed ({reasons}); the others are done.")
+
+
 def _figure(mean: float, half: float | None, sign: bool = False) -> str:
     text = f"{mean:+.2f}" if sign else f"{mean:.2f}"
     return text if half is None else f"{text} ± {half:.2f}"
@@ -277,6 +295,7 @@ def compare(
 
     Raises:
         FastcilError: As `fastcil.train`, before the first run begins.
+        RunsFailedError: Runs that failed later, as by divergence, when all others are done.
     """
     variants = parse_variants(methods)
     names = [variant.method for variant in variants]
@@ -314,8 +333,31 @@ def compare(
     if folder:
         for label, plan in plans.items():
             claim(folder / label, plan)
-    results = {label: run_plan(plan, folders[label], firsts) for label, plan in plans.items()}
+    results, failed = _run_all(plans, folders, firsts)
+    if not results:
+        raise next(iter(failed.values()))
     comparison = Comparison(results, folder)
     if folder is not None:
         comparison.save(folder / "compare.json")
+    if failed:
+        raise RunsFailedError(comparison, failed)
     return comparison
+
+
+def _run_all(
+    plans: Mapping[str, Plan],
+    folders: Mapping[str, Path | None],
+    firsts: Mapping[int, SharedFirstTask] | None,
+) -> tuple[dict[str, Result], dict[str, FastcilError]]:
+    """Results of the runs that came to an end, and what ended the others."""
+    results: dict[str, Result] = {}
+    failed: dict[str, FastcilError] = {}
+    for label, plan in plans.items():
+        try:
+            results[label] = run_plan(plan, folders[label], firsts)
+        except RankLostError:
+            raise
+        except FastcilError as error:
+            failed[label] = error
+            warnings.warn(f"'{label}' failed: {error} The other runs go on.", stacklevel=3)
+    return results, failed

@@ -34,6 +34,8 @@ _FREE = (
     *("progress", "tensorboard", "checkpoint_seconds", "threads", "scan_batch", "rank_timeout"),
     "data",
 )
+# What runs did before there was an option of that name, where its default may be something else.
+_BEFORE = {"nesterov": False}
 # Those that say something of few-shot streams only.
 _FEW_SHOT = ("epoch_choice", "epoch_choice_every")
 
@@ -254,13 +256,14 @@ def _from_yaml(data: bytes) -> Any:
 def _differences(before: Any, now: Any, defaults: Mapping[str, Any], name: str = "") -> list[str]:
     """Options whose values differ: ``name: old, now new``.
 
-    An option that an earlier version did not have is no difference while it has its default.
+    An option that an earlier version did not have is no difference while it has its default, or
+    does what that version did.
     """
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for key in dict.fromkeys([*before, *now]):
             place, value = f"{name}.{key}".lstrip("."), now.get(key)
-            absent = {} if isinstance(value, dict) else defaults.get(place)
+            absent = {} if isinstance(value, dict) else _BEFORE.get(key, defaults.get(place))
             found += _differences(before.get(key, absent), value, defaults, place)
         return found
     return [] if before == now else [f"{name} was {before}, now {now}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,7 +38,8 @@ class TerminalProgress:
             show(fields)
 
     def _on_run(self, fields: dict[str, Any]) -> None:
-        self._run = str(fields.get("called", fields["method"]))
+        # A label may hold what would be markup.
+        self._run = escape(str(fields.get("called", fields["method"])))
 
     def _on_task(self, fields: dict[str, Any]) -> None:
         self._task = f"{self._run} task {fields['task'] + 1}/{fields['tasks']}"

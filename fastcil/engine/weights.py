@@ -24,6 +24,7 @@ _NAMED = "state_dict:"
 _COUNTER = "num_batches_tracked"
 _CLASSIFIERS = ("fc", "head")
 _SHOWN = 3
+_BLOCK = 1 << 20  # bytes read at a time
 
 
 class StateDict:
@@ -125,7 +126,11 @@ def file_checksum(weights: str | None) -> str | None:
     """
     if weights is None or weights.startswith(_NAMED):
         return None
-    return f"sha256 {hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]}"
+    digest = hashlib.sha256()
+    with open(Path(weights).expanduser(), "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 @dataclass

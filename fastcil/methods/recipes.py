@@ -32,7 +32,7 @@ def online(lr: float) -> Recipe:
 
 # The base session of few-shot streams (Yang et al. 2021, LEC-Net, Sec. 4.1; momentum and weight
 # decay as in Tao et al. 2020), which all methods that are compared share.
-BASE_SESSION = Recipe(epochs=100, lr=0.1, schedule="step", milestones=(60,))
+BASE_SESSION = Recipe(epochs=100, lr=0.1, schedule="step", milestones=(60,), nesterov=True)
 
 
 def session(epochs: int, lr: float = 0.1, drop: int | None = None, batch_size: int = 128) -> Recipe:

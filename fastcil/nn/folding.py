@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-_Folded = dict[nn.Module, tuple[Tensor, Tensor]]
+
+class _Pair(NamedTuple):
+    """A folded convolution, and what it was made of."""
+
+    weight: Tensor
+    bias: Tensor
+    sources: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
+
+
+_Folded = dict[tuple[nn.Module, nn.Module], _Pair]
 _FOLDED: ContextVar[_Folded | None] = ContextVar("folded", default=None)
 
 
@@ -19,9 +30,9 @@ _FOLDED: ContextVar[_Folded | None] = ContextVar("folded", default=None)
 def folding() -> Iterator[None]:
     """Within, `conv_norm` is one convolution where no gradient is asked for.
 
-    Each pair is folded once, when it is first called, so that its weights and statistics must stay
-    as they are until the end. A pass over a batch of images, and of the time a narrow network takes
-    a quarter to a third, is spared.
+    Each pair is folded when it is first called, and again if its weights or statistics have changed
+    since. A pass over a batch of images is spared, and with it a quarter to a third of the time
+    that a narrow network takes.
     """
     token = _FOLDED.set({})
     try:
@@ -37,7 +48,8 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
     It is ``norm(conv(x))`` but for rounding, and just that wherever something could tell: outside
     of `folding`, with gradients, in training, in compiled code, where one of the two has a forward
-    hook, or is another module than torch's.
+    hook or is another module than torch's, or weights are inference tensors, of which nobody knows
+    when they change.
 
     Args:
         conv: The convolution.
@@ -65,12 +77,28 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         return _one_by_one(conv, norm, x)
     if any(part._forward_hooks or part._forward_pre_hooks for part in (conv, norm)):
         return _one_by_one(conv, norm, x)
-    if norm not in folded:
-        folded[norm] = fuse_conv_bn_weights(
+    sources = (conv.weight, conv.bias, mean, variance, norm.weight, norm.bias)
+    if any(source is not None and source.is_inference() for source in sources):
+        return _one_by_one(conv, norm, x)
+    pair = folded.get((conv, norm))
+    if pair is None or not _is_of(pair, sources):
+        weight, bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
         )
-    weight, bias = folded[norm]
-    return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        pair = folded[conv, norm] = _Pair(weight, bias, sources, _versions(sources))
+    how = conv.stride, conv.padding, conv.dilation, conv.groups
+    return functional.conv2d(x, pair.weight, pair.bias, *how)
+
+
+def _is_of(pair: _Pair, sources: tuple[Tensor | None, ...]) -> bool:
+    """Whether it was made of these tensors as they are."""
+    same = all(one is other for one, other in zip(pair.sources, sources, strict=True))
+    return same and pair.versions == _versions(sources)
+
+
+def _versions(sources: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    """Numbers that change with every write."""
+    return tuple(0 if source is None else source._version for source in sources)
 
 
 def _one_by_one(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ class GradCAM:
         L = \mathrm{ReLU}\Big(\sum_k \alpha_k A^k\Big)
 
     (Bai et al. 2023, Eqs. D.1, D.2), A being the maps of a layer of the network, and y the scores
-    of any head. L is scaled to [0, 1] image by image, as in the code released with SAMC. It does so
-    after it has enlarged the map, here the map is scaled at its own size, so that its largest value
-    is 1; a map that is one number everywhere becomes zeros, which that code makes NaN.
+    of any head. L is scaled to [0, 1] image by image, at its own size; SAMC's codec, as the code
+    released with it, scales it once more when it has enlarged it. A map that is one number
+    everywhere becomes zeros, which that code makes NaN.
 
     A batch takes one pass forward and one backward, of the sum of its scores, from the scores to
     the layer and no further. With a `LinearHead` behind the final maps :math:`\alpha_k` is

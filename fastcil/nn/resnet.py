@@ -41,6 +41,9 @@ class ConvNorm(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C', h', w']."""
+        if len(self) < 2:  # a slice
+            result: Tensor = super().forward(x)
+            return result
         conv, norm, *rest = self
         x = conv_norm(conv, norm, x)
         for part in rest:

@@ -155,13 +155,13 @@ def test_an_optimizer_goes_on_from_a_file_to_the_same_bits(name, form) -> None:
         ({"schedule": "exp"}, "schedule is 'exp'; it must be one of cosine, step, constant."),
         (
             {"nesterov": True, "momentum": 0.0},
-            "nesterov is True with optimizer 'sgd' and momentum 0.0; it goes with 'sgd' and a "
-            "momentum above 0.",
+            "nesterov is True with optimizer 'sgd' and momentum 0.0; set it to False, or use 'sgd' "
+            "and a momentum above 0.",
         ),
         (
             {"nesterov": True, "optimizer": "adam"},
-            "nesterov is True with optimizer 'adam' and momentum 0.9; it goes with 'sgd' and a "
-            "momentum above 0.",
+            "nesterov is True with optimizer 'adam' and momentum 0.9; set it to False, or use "
+            "'sgd' and a momentum above 0.",
         ),
         ({"optimizer": "lion"}, "optimizer is 'lion'; it must be one of sgd, adam."),
     ],

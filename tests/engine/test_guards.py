@@ -61,6 +61,22 @@ def test_another_config_is_refused_before_the_first_run(
         compare("finetune,er", **FIXED, run_dir=tmp_path, **SHORT, **{"er.later.lr": 0.03})
 
 
+def test_an_option_that_runs_did_not_have_counts_as_what_they_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method in ("er", "ncm"):
+        train(method, **FIXED, run_dir=tmp_path / method, **SHORT)
+        identity = tmp_path / method / "identity.yaml"
+        lines = identity.read_text(encoding="utf-8").splitlines(keepends=True)
+        old = [line for line in lines if "nesterov" not in line]
+        assert len(old) < len(lines)
+        identity.write_text("".join(old), encoding="utf-8")
+    monkeypatch.setattr(Trainer, "run", lambda *_: pytest.fail("trained"))
+    train("er", **FIXED, run_dir=tmp_path / "er", **SHORT)
+    with pytest.raises(FastcilError, match=r"later\.nesterov was False, now True"):
+        train("ncm", **FIXED, run_dir=tmp_path / "ncm", **SHORT)
+
+
 def test_a_report_takes_the_seeds_that_all_methods_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

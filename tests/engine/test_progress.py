@@ -13,7 +13,7 @@ def lines(capsys) -> list[str]:
 
 
 def test_every_line_names_its_run_and_seed(capsys):
-    methods = {"plain": {"method": "finetune"}, "slow": {"method": "finetune"}}
+    methods = {"plain": {"method": "finetune"}, "mu [low]": {"method": "finetune"}}
     options = {**OPTIONS, "engine.progress": True}
     compare(methods, DATA, "lfs-2", "none", seeds=[0, 3], backbone=ConvNet, **options)
     said = lines(capsys)

@@ -340,18 +340,20 @@ def test_a_run_names_its_state_dict_and_goes_on_with_the_same(tmp_path: Path) ->
         run(**{**options, "network.weights": random_weights(resnet20(width=4), seed=42)})
 
 
-def test_a_run_goes_on_with_the_same_file_only(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_same_file_only(tmp_path: Path, monkeypatch: Any) -> None:
     file, moved = tmp_path / "w.safetensors", tmp_path / "moved.safetensors"
+    monkeypatch.setenv("HOME", str(tmp_path))
     save_file(random_weights(resnet20(width=4), seed=43), file)
 
-    def run(weights: Path) -> fastcil.Result:
+    def run(weights: Path | str) -> fastcil.Result:
         options = {**OPTIONS, "network.weights": weights, "run_dir": tmp_path / "run"}
         return fastcil.train("finetune", DATA, "lfs-2", **options)
 
     first = run(file)
     file.rename(moved)
     # It is known by what is in it, wherever it lies.
-    assert run(moved).accuracy_matrix.tobytes() == first.accuracy_matrix.tobytes()
+    for place in (moved, "~/moved.safetensors"):
+        assert run(place).accuracy_matrix.tobytes() == first.accuracy_matrix.tobytes()
     save_file(random_weights(resnet20(width=4), seed=44), file)
     with pytest.raises(FastcilError, match=r"network\.weights was sha256 \w{16}, now sha256"):
         run(file)

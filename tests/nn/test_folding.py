@@ -3,7 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from fastcil.data import Augmentation, Examples, ImageStore
+from fastcil.engine.context import EngineContext
 from fastcil.nn import resnet18, resnet32
 from fastcil.nn.folding import conv_norm, folding
 
@@ -52,19 +55,63 @@ def test_folded_it_is_the_same_network(name):
     assert not torch.equal(found, expected)
 
 
-def test_weights_count_from_one_time_to_the_next():
+def double_weight(network):
+    network.stem[1].weight.mul_(2)
+
+
+def shift_statistics(network):
+    network.stem[1].running_mean.add_(0.1)
+
+
+def exchange_convolution(network):
+    network.stem[0].weight = nn.Parameter(network.stem[0].weight + 0.1)
+
+
+@pytest.mark.parametrize("change", [double_weight, shift_statistics, exchange_convolution])
+def test_what_changes_meanwhile_counts(change):
     network = settled(resnet18(width=4, stem="cifar"))
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         with folding():
             before = network(images)
-            with folding():
-                network.stem[1].weight.mul_(2)
-                changed = network(images)
-            assert torch.equal(network(images), before)
+            change(network)
+            found = network(images)
+            assert calls(network) == []
         expected = network(images)
     assert not torch.allclose(before, expected)
-    torch.testing.assert_close(changed, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_other_parameters_of_a_functional_call_count():
+    network = settled(resnet18(width=4, stem="cifar"))
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    others = {name: value + 0.1 for name, value in network.named_parameters()}
+    with torch.no_grad():
+        expected = functional_call(network, others, (images,))
+        with folding():
+            network(images)
+            found = functional_call(network, others, (images,))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_inference_tensors_are_left():
+    with torch.inference_mode():
+        network = settled(resnet18(width=4, stem="cifar"))
+        with folding():
+            assert len(calls(network)) == 20
+
+
+def test_scans_fold():
+    network = settled(resnet18(width=4, stem="cifar")).float()
+    context = EngineContext(lambda: network, Augmentation.cifar(), torch.device("cpu"), 2)
+    pixels = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8)
+    examples = Examples(ImageStore.from_batch(pixels), torch.zeros(5, dtype=torch.long))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.BatchNorm2d, "forward", lambda *_: pytest.fail("a norm of its own"))
+        scanned = context.scan(lambda images: seen.append(images) or network(images), examples)
+    with torch.no_grad():
+        torch.testing.assert_close(scanned, network(torch.cat(seen)), rtol=1e-4, atol=1e-4)
 
 
 def hooked(network):
