@@ -70,15 +70,15 @@ bench-peers: $(READY)
 	$(PIP) --no-deps $(PEERS)
 	$(MAKE) bench
 
-# DATA and PHOTOS as fastcil train takes them; PyCIL needs tqdm and scipy, Mammoth tqdm and kornia.
-# Twenty minutes.
+# DATA and PHOTOS as fastcil train takes them; PyCIL needs tqdm and scipy, Mammoth tqdm,
+# kornia and quadprog. Twenty minutes.
 DATA ?= cifar100
 PHOTOS ?=
 PYCIL ?=
 MAMMOTH ?=
 STEPS = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) benchmarks/step_run.py
 bench-steps: $(READY)
-	$(if $(PYCIL)$(MAMMOTH),$(if $(strip $(VENV)),$(PIP) --no-deps tqdm scipy kornia kornia_rs))
+	$(if $(PYCIL)$(MAMMOTH),$(if $(strip $(VENV)),$(PIP) --no-deps tqdm scipy quadprog kornia kornia_rs))
 	$(STEPS) time --data $(DATA) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PYCIL),--pycil $(PYCIL)) \
 	  $(if $(MAMMOTH),--mammoth $(MAMMOTH)) $(STEPS_ARGS)
 	$(STEPS) table

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import checkout
 import numpy as np
 import torch
+import torchvision_stand_in
 from step_case import Epoch, peak_of, synchronise
 
-# Packages that other checkouts have under the same names.
-_SHARED = ("backbone", "datasets", "models", "utils")
 _MODELS = {"darkpp": ("derpp", "Derpp"), "gem": ("gem", "Gem")}
 _OPTIONS = {
     **{"optimizer": "sgd", "lr": 0.03, "optim_wd": 0.0, "optim_mom": 0.0, "optim_nesterov": 0},
@@ -41,14 +41,7 @@ def load(folder: Path) -> None:
 
     Its packages import every data set and every backbone there is, and what these need.
     """
-    if not (folder / "models" / "derpp.py").is_file():
-        raise SystemExit(f"--mammoth is '{folder}', which holds no models/derpp.py of Mammoth's.")
-    import torchvision_stand_in
-
-    torchvision_stand_in.install_if_missing()
-    for name in [name for name in sys.modules if name.partition(".")[0] in _SHARED]:
-        del sys.modules[name]
-    sys.path.insert(0, str(folder.resolve()))
+    checkout.load(folder, "models/derpp.py", "mammoth")
     for name in ("datasets", "models"):
         package = ModuleType(name)
         package.__path__ = [str(folder.resolve() / name)]
@@ -91,7 +84,7 @@ class Peer:
         self.seen = 0
         self.model.net.register_forward_pre_hook(self._count)
         self._fill(method, memory)
-        self.dataset.get_data_loaders()
+        self._train = checkout.Endless(self.dataset.get_data_loaders()[0])
         self.model.meta_begin_task(self.dataset)
         self._run = importlib.import_module("utils.training").train_single_epoch
 
@@ -129,9 +122,7 @@ class Peer:
         seen = self.seen
         with peak_of(self.device) as peak, contextlib.redirect_stdout(io.StringIO()):
             started = time.perf_counter()
-            self._run(
-                self.model, self.dataset.train_loader, self.options, 0, _Silent(), lambda: None
-            )
+            self._run(self.model, self._train, self.options, 0, _Silent(), lambda: None)
             synchronise(self.device)
             seconds = time.perf_counter() - started
         return Epoch(seconds, self.seen - seen, {}, peak())

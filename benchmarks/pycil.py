@@ -11,12 +11,12 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import checkout
 import numpy as np
 import torch
 from step_case import Epoch, peak_of, synchronise
@@ -25,17 +25,6 @@ from torch.utils.data import DataLoader, Subset
 SHOWN = 2  # test images that it looks at before its first epoch's end, as it always does
 _CLASSES = {"foster": "FOSTER", "icarl": "iCaRL", "der": "DER"}
 _DATASETS = {"cifar100": "iCIFAR100", "imagenet100": "iImageNet100"}
-
-
-def load(folder: Path) -> None:
-    """Makes PyCIL's modules importable."""
-    if not (folder / "models" / "foster.py").is_file():
-        raise SystemExit(f"--pycil is '{folder}', which holds no models/foster.py of PyCIL's.")
-    import torchvision_stand_in
-
-    torchvision_stand_in.install_if_missing()
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 
 class Peer:
@@ -69,7 +58,7 @@ class Peer:
         device: str,
         remembers: bool = True,
     ) -> None:
-        load(folder)
+        checkout.load(folder, "models/foster.py", "pycil")
         self.device = torch.device(device)
         settings = json.loads((folder / "exps" / f"{method}.json").read_text(encoding="utf-8"))
         settings |= {
@@ -110,6 +99,7 @@ class Peer:
         """Keeps the loaders instead of training."""
         self.learner._network.to(self.device)
         self._loaders = train, test
+        self._batches = checkout.Endless(train)
 
     def _fill(self, manager: Any, per_class: int) -> None:
         """The first images of every class so far, without a look at features."""
@@ -142,7 +132,8 @@ class Peer:
 
     def epoch(self, steps: int) -> Epoch:
         """An epoch of so many steps; how they share the time nobody knows."""
-        train = self._loader(steps * self._loaders[0].batch_size)
+        train = self._batches
+        train.steps = steps
         _, inputs, targets = next(iter(self._test()))
         test = [(None, inputs, targets)]
         with peak_of(self.device) as peak:
@@ -150,7 +141,7 @@ class Peer:
             self._train(train, test)
             synchronise(self.device)
             seconds = time.perf_counter() - started
-        return Epoch(seconds, len(train.dataset), {}, peak())
+        return Epoch(seconds, steps * self._loaders[0].batch_size, {}, peak())
 
     def _test(self) -> Any:
         dataset = self._loaders[1].dataset

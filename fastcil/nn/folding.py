@@ -86,8 +86,9 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
             conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
         )
         pair = folded[conv, norm] = _Pair(weight, bias, sources, _versions(sources))
-    how = conv.stride, conv.padding, conv.dilation, conv.groups
-    return functional.conv2d(x, pair.weight, pair.bias, *how)
+    return functional.conv2d(
+        x, pair.weight, pair.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
 
 
 def _is_of(pair: _Pair, sources: tuple[Tensor | None, ...]) -> bool:
