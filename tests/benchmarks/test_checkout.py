@@ -29,8 +29,8 @@ def test_each_gets_its_own_in_turn(tmp_path):
     one, other = make(tmp_path / "one", "one"), make(tmp_path / "other", "other")
     for folder in (one, other, one, one, other):
         checkout.load(folder, "models/own.py", "peer")
-        own = importlib.import_module("models.own")
-        assert own.NAME == folder.name
+        found = importlib.import_module("models.own")
+        assert folder.name == found.NAME
     assert len([path for path in sys.path if str(tmp_path) in path]) == 2
 
 
