@@ -33,7 +33,7 @@ _CIFAR10 = Recipe(
     epochs=26, lr=1e-4, schedule="constant", optimizer="adam", weight_decay=0.0, batch_size=128
 )
 _MNIST = replace(_CIFAR10, epochs=22)
-_P1 = online(0.03)
+_P1 = online(0.1)
 
 
 class EBM(Method):
@@ -71,8 +71,9 @@ class EBM(Method):
 
         ``samc-cifar10``, ``samc-cifar100`` and ``samc-mini`` train as the other methods of the
         SAMC paper do: one epoch, plain SGD, batches of 10, a head for each task. How it adapts
-        EBM is not told; the learning rate of 0.03, one of those it tries for the others, and that
-        the 10 images per task that these keep are replayed, are ours.
+        EBM is not told; the learning rate of 0.1, that of all methods with a memory there, and that
+        the 10 images per task that these keep are replayed, weighing as many images as they are,
+        are ours: 1/t would leave such a rate next to nothing of later tasks.
 
         Args:
             first: Recipe of the first task.
@@ -87,8 +88,10 @@ class EBM(Method):
             head: What N is drawn from: with ``all`` the classes in the current task, or all known
                 ones while exemplars are replayed (as in the released code); with ``task`` those
                 that arrived with the image's own.
-            replay: Whether exemplars are kept and replayed: the loss of the new images then weighs
-                1/t in task t, that of exemplars 1 - 1/t, as in the released code for CIFAR-100.
+            replay: Whether exemplars are kept and replayed.
+            replay_share: What the loss of exemplars weighs, new images having the rest: the share
+                of past ``tasks``, 1 - 1/t in task t, as in the released code for CIFAR-100, or
+                their share of the step's ``images``.
         """
 
         first: Recipe = _CIFAR10
@@ -98,6 +101,7 @@ class EBM(Method):
         negatives: Literal["random", "batch", "all"] = "random"
         head: Literal["all", "task"] = "all"
         replay: bool = False
+        replay_share: Literal["tasks", "images"] = "tasks"
 
         def __post_init__(self) -> None:
             check_not_negative("width", self.width)
@@ -108,7 +112,7 @@ class EBM(Method):
         "mnist": Config(_MNIST, _MNIST, gate="normalised", width=400),
         **dict.fromkeys(
             ("samc-cifar10", "samc-cifar100", "samc-mini"),
-            Config(_P1, _P1, head="task", replay=True),
+            Config(_P1, _P1, head="task", replay=True, replay_share="images"),
         ),
     }
 
@@ -149,6 +153,7 @@ class EBM(Method):
             streams = replay_streams(task, recipe.batch_size)
         replays = len(streams) > 1
         classes = range(task.total) if replays else task.classes
+        by_tasks = replays and self.config.replay_share == "tasks"
         return [
             _EnergyStage(
                 name="contrast",
@@ -156,7 +161,7 @@ class EBM(Method):
                 objective=partial(
                     self._loss,
                     outputs_of(classes, task.total).to(self._head.readout.device),
-                    1 / (task.index + 1) if replays else 1.0,
+                    1 / (task.index + 1) if by_tasks else 1.0,
                 ),
                 streams=streams,
                 recipe=recipe,

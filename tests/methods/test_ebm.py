@@ -85,9 +85,10 @@ def negatives(method, stage, batch):
 @pytest.mark.parametrize("gate", ["softmax", "normalised"])
 @pytest.mark.parametrize("kind", ["random", "batch", "all"])
 @pytest.mark.parametrize("head", ["all", "task"])
-@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("replay", [None, "tasks", "images"])
 def test_loss_is_the_equation(lab, gate, kind, head, replay):
-    method = make(lab, gate=gate, negatives=kind, head=head, replay=replay, width=5)
+    options = {"replay": True, "replay_share": replay} if replay else {}
+    method = make(lab, gate=gate, negatives=kind, head=head, width=5, **options)
     for number, task in enumerate(lab.make_tasks((3, 2, 3)), 1):
         stage, loop = ready(lab, method, task)
         batch = some_batch(lab, stage)
@@ -109,7 +110,11 @@ def test_loss_is_the_equation(lab, gate, kind, head, replay):
             source -= {y}
             assert others <= source and (others == source if kind == "all" else len(others) == 1)
         found = {name: float(value.detach()) for name, value in stage.loss(batch).items()}
-        if replay and not task.first:
+        if replay == "images":
+            assert bool(terms[1]) != task.first
+            expected = {"classification": np.mean(terms[0] + terms[1])}
+            assert found == pytest.approx(expected, rel=1e-9)
+        elif replay and not task.first:
             assert found == pytest.approx(
                 {
                     "classification": np.mean(terms[0]) / number,
