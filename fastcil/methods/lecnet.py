@@ -27,7 +27,7 @@ from fastcil.contract import (
 from fastcil.methods.lecnet_records import Analysis
 from fastcil.methods.recipes import BASE_SESSION
 from fastcil.nn import ExpandedBackbone, Network, distillation
-from fastcil.nn.expanded import Fuse
+from fastcil.nn.expanded import Fuse, GammaOf
 from fastcil.nn.expansion import Layer, Removal, check_rates, nodes_in_use, retention_curve
 from fastcil.nn.growing import compress, expanded_backbone, without_settled
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
@@ -97,6 +97,8 @@ class LECNet(Method):
             layer: What the nodes are: ``fc`` on pooled features, or ``conv1x1`` or ``conv3x3`` on
                 the last map (Table 2).
             gamma: Weight of the features there were (Table 3).
+            gamma_of: Which these are: ``all``, so that gamma compounds from session to session, as
+                Eqs. 3 and 4 have it, or those of the ``backbone``, as in that code.
             distillation_weight: lambda_1.
             temperature: T.
             compression_weight: lambda_2.
@@ -121,6 +123,7 @@ class LECNet(Method):
         fuse: Fuse = "sum"
         layer: Layer = "fc"
         gamma: float = 0.8
+        gamma_of: GammaOf = "all"
         distillation_weight: float = 5.0
         temperature: float = 2.0
         compression_weight: float = 0.1
@@ -177,7 +180,8 @@ class LECNet(Method):
         assert config.expansion != "none"
         expanded = expanded_backbone(network)
         if expanded is None:
-            expanded = ExpandedBackbone(network.extractors[0], config.fuse, config.gamma)
+            backbone = network.extractors[0]
+            expanded = ExpandedBackbone(backbone, config.fuse, config.gamma, config.gamma_of)
             network.extractors[0] = expanded
             if config.trains == "expansion":
                 expanded.freeze()

@@ -13,6 +13,7 @@ from fastcil.nn.expansion import Expansion, Indicator, Layer
 from fastcil.nn.shares import in_shares
 
 Fuse = Literal["sum", "concat"]
+GammaOf = Literal["all", "backbone"]
 
 
 class ExpandedBackbone(nn.Module):
@@ -23,14 +24,17 @@ class ExpandedBackbone(nn.Module):
     .. math:: f_t = (\alpha_t \odot f'_t(f_0)) \oplus \gamma f_{t-1}
 
     (Yang et al. 2021, Eq. 4). Every expansion reads the backbone's maps, side by side with the
-    others, as the old and the new nodes of Fig. 2 do; gamma weighs all that was there before, so
-    that what a task added counts gamma^k after k more. A node that was removed adds nothing to its
+    others, as the old and the new nodes of Fig. 2 do. With gamma of all that was there before, as
+    Eq. 4 has it, what a task added counts gamma^k after k more, and the backbone gamma^t; with that
+    of the backbone alone, every task's nodes count 1 and the backbone gamma, however many tasks
+    there were. After one task the two are the same. A node that was removed adds nothing to its
     channel of a sum, and is no channel of a concatenation.
 
     Args:
         backbone: Makes the maps f_0.
         fuse: ``sum`` or ``concat``.
         gamma: Weight of the features there were.
+        gamma_of: Which these are: ``all``, or those of the ``backbone``.
 
     Attributes:
         backbone: The backbone.
@@ -48,11 +52,18 @@ class ExpandedBackbone(nn.Module):
 
     kind = "expanded"
 
-    def __init__(self, backbone: nn.Module, fuse: Fuse = "sum", gamma: float = 0.8) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        fuse: Fuse = "sum",
+        gamma: float = 0.8,
+        gamma_of: GammaOf = "all",
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.fusing = fuse
         self.gamma = gamma
+        self.gamma_of = gamma_of
         self.frozen = False
         self.expansions = nn.ModuleList()
 
@@ -105,14 +116,15 @@ class ExpandedBackbone(nn.Module):
     def fuse(self, maps: Tensor) -> Tensor:
         """The backbone's maps f_0 [B, C, h, w] -> f_t, all that was added fused in."""
         fused = maps
-        for expansion in self.each():
+        for number, expansion in enumerate(self.each()):
             new = expansion(maps)
+            old = fused if number and self.gamma_of == "backbone" else self.gamma * fused
             if self.fusing == "concat":
-                fused = torch.cat([self.gamma * fused, new], 1)
+                fused = torch.cat([old, new], 1)
                 continue
             if expansion.nodes < len(expansion.place):
                 new = functional.pad(new, (0, 0, 0, 0, 0, 1)).index_select(1, expansion.place)
-            fused = self.gamma * fused + new
+            fused = old + new
         return fused
 
     def forward(self, images: Tensor) -> Tensor:
@@ -134,6 +146,7 @@ class ExpandedBackbone(nn.Module):
             "kind": self.kind,
             "fuse": self.fusing,
             "gamma": self.gamma,
+            "gamma_of": self.gamma_of,
             "frozen": self.frozen,
             "expansions": [expansion.structure() for expansion in self.each()],
         }
@@ -144,7 +157,8 @@ class ExpandedBackbone(nn.Module):
     ) -> ExpandedBackbone:
         """A backbone with expansions of that structure and arbitrary values, to be loaded."""
         backbone = make_backbone()
-        expanded = cls(backbone, structure["fuse"], structure["gamma"])
+        how = structure["fuse"], structure["gamma"], structure["gamma_of"]
+        expanded = cls(backbone, *how)
         like = next(backbone.parameters(), torch.empty(0))
         expanded.expansions.extend(
             Expansion.build(described).to(like.device, like.dtype)

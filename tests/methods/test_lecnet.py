@@ -47,7 +47,8 @@ def softmax(z):
 def test_the_base_session_is_that_of_finetuning(lab, expansion, normalised):
     first = lab.make_tasks((3, 2))[0]
     method = make(lab, expansion=expansion, normalised=normalised)
-    other = Finetune(lab.shorten(Finetune.Config(normalised=normalised), epochs=2), lab.context)
+    plain = Finetune.Config(first=LECNet.Config().first, normalised=normalised)
+    other = Finetune(lab.shorten(plain, epochs=2), lab.context)
     loops = [lab.learn(one, first) for one in (method, other)]
     assert method.network.structure() == other.network.structure()
     assert loops[0].losses["lecnet"] == loops[1].losses["finetune"]

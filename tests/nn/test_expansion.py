@@ -82,20 +82,21 @@ def test_a_fully_connected_layer_works_on_pooled_features():
     torch.testing.assert_close(expansion(maps).mean((2, 3)), pooled.relu())
 
 
+@pytest.mark.parametrize("gamma_of", ["all", "backbone"])
 @pytest.mark.parametrize("fuse", ["sum", "concat"])
-def test_features_of_all_tasks_are_fused(fuse):
+def test_features_of_all_tasks_are_fused(fuse, gamma_of):
     """Eq. 4, task after task."""
     torch.manual_seed(0)
-    expanded = ExpandedBackbone(ConvNet((4, C)), fuse, gamma=0.7).double().eval()
+    expanded = ExpandedBackbone(ConvNet((4, C)), fuse, 0.7, gamma_of).double().eval()
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     base = expected = expanded.backbone(images)
-    for layer in ("fc", "conv3x3"):
+    for number, layer in enumerate(("fc", "conv3x3", "fc")):
         expansion = expanded.expand(layer).double()
         expansion.weight.data.normal_()
         new = naive_alpha(expansion, naive_responses(expansion, base)) * naive_responses(
             expansion, base
         )
-        old = 0.7 * expected
+        old = (0.7 if gamma_of == "all" or not number else 1.0) * expected
         expected = old + new if fuse == "sum" else torch.cat([old, new], 1)
         torch.testing.assert_close(expanded(images), expected)
         assert expanded.out_channels == expected.shape[1]
