@@ -80,6 +80,10 @@ def keep(name: str, run_dir: Path) -> Path:
             method: result.accuracy_matrix[:, 0].round(3).tolist()
             for method, result in results.items()
         },
+        "chance": {
+            method: round(100 / result.outcomes[0].tasks[0].classes, 3)
+            for method, result in results.items()
+        },
         "per_seed": {
             method: {measure: result.per_seed(measure) for measure in MEASURES}
             for method, result in results.items()
@@ -272,11 +276,23 @@ def table(content: dict[str, Any]) -> str:
         lines += ["", *_sessions(rows, content["curves"])]
     if content.get("notes"):
         lines += ["", " ".join(content["notes"])]
+    if poor := _poor(content):
+        lines += ["", f"First tasks below three times chance, which say nothing: {poor}."]
     if content.get("missing"):
         told = (f"`{method}` {seeds}" for method, seeds in content["missing"].items())
         lines += ["", f"Seeds that have not been run yet: {', '.join(told)}."]
     where = "; ".join([f"`{content['command']}`", *map(_place, content["environments"])]) + "."
     return "\n".join([*lines, "", where])
+
+
+def _poor(content: dict[str, Any]) -> str:
+    """Methods whose first task was hardly learned by some seed, and how well."""
+    found = []
+    for method, chance in content.get("chance", {}).items():
+        least = min(content["first_task"][method])
+        if least < 3 * chance <= 100:
+            found.append(f"`{method}` {least:.1f} % (chance {chance:.1f} %)")
+    return ", ".join(found)
 
 
 def _sessions(rows: list[Row], curves: dict[str, Any]) -> list[str]:

@@ -92,6 +92,12 @@ def test_figures_are_kept_and_tabled(
     assert "cifar100/b0-10" in texts[two]
     (facts,) = content["environments"]
     assert "\n| `finetune` | " in shown and facts["commit"] in shown
+    assert content["chance"] == {"er": 50.0, "finetune": 50.0}
+    hardly = {**content, "chance": {"er": 5.0, "finetune": 4.0}}
+    hardly["first_task"] = {"er": [40.0, 14.9], "finetune": [12.0, 13.0]}
+    assert "three times chance, which say nothing: `er` 14.9 % (chance 5.0 %)." in (
+        reproduction.table(hardly)
+    )
     with pytest.raises(SystemExit, match="no place"):
         reproduction.with_tables({one: "nothing"})
     with pytest.raises(SystemExit, match="no finished seed"):
