@@ -227,7 +227,8 @@ class NeuralGas(nn.Module):
             rows: Which nodes; None for all that are there.
 
         Returns:
-            Positions of vectors, those of the nodes with most vectors first, int64 [<= N].
+            Positions of vectors, of each label in turn, those of nodes with most vectors first, so
+            that a part from the beginning has as many of each as it can.  # int64 [<= N]
         """
         rows = self.known if rows is None else rows
         labels = labels.to(features.device)
@@ -235,6 +236,9 @@ class NeuralGas(nn.Module):
         far = far.masked_fill(self.labels[rows][:, None] != labels, torch.inf)
         found = far.min(1)
         order = self.counts[rows].argsort(descending=True, stable=True)
+        own = self.labels[rows][order]
+        turn = (own[:, None] == own).tril().sum(1)  # how many of its label came so far
+        order = order[turn.argsort(stable=True)]
         place = found.indices[order][found.values[order] < torch.inf].cpu()
         return torch.tensor(list(dict.fromkeys(place.tolist())), dtype=torch.int64)
 

@@ -84,7 +84,7 @@ def test_the_defaults_are_those_of_shon_et_al(trained: Path, tmp_path: Path) -> 
     assert recipe == {
         **{"epochs": 100, "lr": 0.1, "schedule": "cosine", "momentum": 0.9, "weight_decay": 1e-5},
         **{"batch_size": 256, "optimizer": "sgd", "warmup": 0, "clip": 0.0},
-        **{"milestones": [], "gamma": 0.1, "clip_value": 0.0},
+        **{"milestones": [], "gamma": 0.1, "clip_value": 0.0, "nesterov": False},
     }
     learner = Learner.load(trained / "seed-0" / "learner.safetensors", device="cpu")
     look = learner.parts.augmentation

@@ -152,8 +152,15 @@ def test_anchors_are_the_nearest_images_of_the_nodes_class():
     gas = NeuralGas()
     gas.fit(features, labels, 10, seeded())
     found = gas.anchors(features, labels)
-    expected = []
+    expected, turns = [], {}
     for node in gas.counts.argsort(descending=True, stable=True).tolist():
+        turns.setdefault(int(gas.labels[node]), []).append(node)
+    size = {node: int(gas.counts[node]) for own in turns.values() for node in own}
+    longest = max(map(len, turns.values()))
+    rounds = [[own[k] for own in turns.values() if k < len(own)] for k in range(longest)]
+    ordered = [sorted(some, key=lambda node: (-size[node], node)) for some in rounds]
+    assert len(turns) == 3 and longest > 2
+    for node in (node for some in ordered for node in some):
         own = [i for i in range(60) if labels[i] == gas.labels[node]]
         best = min(own, key=lambda i: float((features[i] - gas.nodes[node]).square().sum()))
         if best not in expected:
