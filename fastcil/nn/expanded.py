@@ -157,8 +157,9 @@ class ExpandedBackbone(nn.Module):
     ) -> ExpandedBackbone:
         """A backbone with expansions of that structure and arbitrary values, to be loaded."""
         backbone = make_backbone()
-        how = structure["fuse"], structure["gamma"], structure["gamma_of"]
-        expanded = cls(backbone, *how)
+        # Learners that were saved before there was a choice say nothing of it.
+        gamma_of = structure.get("gamma_of", "all")
+        expanded = cls(backbone, structure["fuse"], structure["gamma"], gamma_of)
         like = next(backbone.parameters(), torch.empty(0))
         expanded.expansions.extend(
             Expansion.build(described).to(like.device, like.dtype)

@@ -103,6 +103,11 @@ def test_features_of_all_tasks_are_fused(fuse, gamma_of):
     levels = expanded.levels(images)
     torch.testing.assert_close(levels[-1], expected)
     assert len(levels) == 2 and levels[0].shape[1] == 4
+    structure = expanded.structure()
+    again = ExpandedBackbone.build(structure, lambda: ConvNet((4, C)).double())
+    assert again.structure() == structure
+    del structure["gamma_of"]  # as it was saved before
+    assert ExpandedBackbone.build(structure, lambda: ConvNet((4, C))).gamma_of == "all"
 
 
 @pytest.mark.parametrize("layer", ["fc", "conv1x1"])

@@ -101,6 +101,13 @@ def test_inference_tensors_are_left():
             assert len(calls(network)) == 20
 
 
+def test_slices_are_parts():
+    network = settled(resnet18(width=4, stem="cifar"))
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    assert torch.equal(network.stem[:1](images), network.stem[0](images))
+    assert torch.equal(network.stem[:2](images), network.stem[1](network.stem[0](images)))
+
+
 def test_scans_fold():
     network = settled(resnet18(width=4, stem="cifar")).float()
     context = EngineContext(lambda: network, Augmentation.cifar(), torch.device("cpu"), 2)
