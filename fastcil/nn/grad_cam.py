@@ -28,8 +28,8 @@ class GradCAM:
     everywhere becomes zeros, which that code makes NaN.
 
     A batch takes one pass forward and one backward, of the sum of its scores, from the scores to
-    the layer and no further. With a `LinearHead` behind the final maps :math:`\alpha_k` is
-    :math:`w_{ck} / (h w)`, and there is no pass backward at all.
+    the layer and no further. With a `LinearHead` behind the final maps that takes features as they
+    are, :math:`\alpha_k` is :math:`w_{ck} / (h w)`, and there is no pass backward at all.
 
     Args:
         network: Its extractors have the layer. The caller puts it in evaluation mode.
@@ -71,6 +71,7 @@ class GradCAM:
             and layer is None
             and type(network) is Network
             and type(network.head) is LinearHead
+            and not network.head.normalised
         )
 
     def __call__(self, images: Tensor, labels: Tensor, among: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -39,6 +40,9 @@ class Squared(nn.Module):
 
     def forward(self, features):
         return -(features[:, None] - self.weight).square().sum(2)
+
+
+NORMALISED = functools.partial(LinearHead, normalised=True)
 
 
 def make(head=LinearHead, extractors: int = 1, in_place: bool = False) -> Network:
@@ -87,7 +91,7 @@ def naive(network: Network, images, classes, layer=None, scores=None):
 
 @pytest.mark.parametrize("layer", [None, "first", "relu", "second", "first.0"])
 @pytest.mark.parametrize("extractors", [1, 2])
-@pytest.mark.parametrize("head", [LinearHead, CosineHead, Squared])
+@pytest.mark.parametrize("head", [LinearHead, NORMALISED, CosineHead, Squared])
 def test_maps_are_those_of_the_equations(head, extractors, layer):
     network = make(head, extractors)
     before = copy.deepcopy(network.state_dict())
