@@ -83,17 +83,20 @@ bench-steps: $(READY)
 	  $(if $(MAMMOTH),--mammoth $(MAMMOTH)) $(STEPS_ARGS)
 	$(STEPS) table
 
-gpu: test-gpu sanitize bench-gpu bench-gpu-runs
+# Each whatever came of the one before: time on a GPU may be short.
+gpu: $(READY)
+	$(MAKE) -k test-gpu sanitize bench-gpu bench-gpu-runs
 
 # The files that hold tests for a GPU: the others may need what a bare machine lacks.
 GPU_TESTS := tests/ops/test_devices.py tests/ops/test_transfer.py \
   tests/engine/test_no_sync.py tests/engine/test_mapped_run.py
 test-gpu: $(READY)
-	$(PY) -m pytest $(GPU_TESTS) -m gpu $(call plugin,xdist,-n $(JOBS))
+	$(PY) -m pytest $(GPU_TESTS) -m gpu $(call plugin,xdist,-n $(JOBS)) \
+	  $(call plugin,pytest_timeout,--timeout 120)
 
 # Every tensor an allocation of its own: what lies beyond its end is then nobody's. TOOLS= and K=,
 # an expression of pytest's, take a part of it.
-TOOLS ?= memcheck racecheck synccheck initcheck
+TOOLS ?= memcheck initcheck racecheck synccheck
 K ?=
 sanitize: $(READY)
 	@failed=; for tool in $(TOOLS); do \
@@ -111,9 +114,9 @@ bench-gpu: $(READY)
 
 # One script for each thing that only a GPU can show, each within ten minutes.
 bench-gpu-runs: $(READY)
-	for script in $(filter-out benchmarks/gpu/kept.py,$(wildcard benchmarks/gpu/*.py)); do \
+	failed=; for script in $(filter-out benchmarks/gpu/kept.py,$(wildcard benchmarks/gpu/*.py)); do \
 	  PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) $$script --data $(DATA) $(RUNS_ARGS) \
-	  || exit; done
+	  || failed=1; done; [ -z "$$failed" ]
 
 clean:
 	rm -rf .venv build dist fastcil.egg-info fastcil/_C*.so
@@ -128,12 +131,19 @@ plugin = $$(if [ -n "$(strip $(VENV))" ] || $(PY) -c "import $(1)" 2>/dev/null; 
 
 PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 
-# In place, and linked anew each time: the interpreter or its torch may have changed.
+# In place, and linked anew: the interpreter or its torch may have changed.
 BUILD := rm -f fastcil/_C*.so; \
 	  if [ "$$FASTCIL_NO_EXT" != 1 ]; then $(PY) setup.py -q build_ext --inplace --force; fi
 
+# What was built of these sources for this interpreter and this torch is taken as it is.
+STAMP := build/extension
 extension:
-	@$(BUILD)
+	@made="$$($(PY) -c 'import sys, torch; print(sys.version, torch.__version__)')" || exit 1; \
+	  if [ "$$FASTCIL_NO_EXT" != 1 ] && ls fastcil/_C*.so >/dev/null 2>&1 && \
+	    [ "$$made" = "$$(cat $(STAMP) 2>/dev/null)" ] && \
+	    [ -z "$$(find setup.py csrc -newer $(STAMP))" ]; then exit 0; fi; \
+	  rm -f $(STAMP); { $(BUILD); } || exit 1; \
+	  if [ "$$FASTCIL_NO_EXT" != 1 ]; then mkdir -p build; echo "$$made" > $(STAMP); fi
 
 # One recipe, so that its time is one figure. torch goes first and alone: the packages that follow
 # take the one they find.

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import statistics
+import traceback
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -125,10 +126,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def file_of(facts: dict[str, Any]) -> Path:
-    """Where the figures of this device are kept."""
+def file_of(facts: dict[str, Any], folder: Path | None = None) -> Path:
+    """Where the figures of this device are kept, in `RESULTS` or another folder."""
     name = facts["processor"] if facts["device"] == "cpu" else facts["device"]
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    return (folder or RESULTS) / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
 def alike(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any] | None:
@@ -159,7 +160,7 @@ def keep(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     rows.sort(key=lambda row: order.index((row["op"], row["name"])))
     command = {"cpu": "make bench", "cuda": "make bench-gpu"}[device]
     content = {"command": command, "environment": facts, "cases": rows}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -274,6 +275,7 @@ def main() -> None:
     timer.add_argument("--only", default="", help="ops to time, separated by commas")
     timer.add_argument("--rounds", type=int, default=21)
     timer.add_argument("--device", choices=CLOCKS, default="cpu")
+    timer.add_argument("--out", type=Path, default=RESULTS, help="folder that keeps the figures")
     commands.add_parser("table", help="write the kept figures into README.md")
     arguments = parser.parse_args()
     if arguments.command == "time":
@@ -284,11 +286,17 @@ def main() -> None:
         facts = {name: value for name, value in environment(device).items() if name in FACTS}
         facts |= {"rounds": arguments.rounds, "peers": versions() if device == "cpu" else {}}
         facts["large_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
-        path, rows = file_of(facts), []
+        path, rows, failed = file_of(facts, arguments.out), [], []
         for case in CASES:
             if case.device != device or (only and case.op not in only):
                 continue
-            row = measure(case, arguments.rounds)
+            try:
+                row = measure(case, arguments.rounds)
+            except Exception:
+                # The other cases are measured all the same: time on a device may be short.
+                traceback.print_exc()
+                failed.append(f"{case.op}, {case.name}")
+                continue
             keep(path, [row], facts)
             rows.append(row)
             print(case, *(f"  {way}: {ms}" for way, ms in row["ways"].items()), sep="\n")
@@ -298,6 +306,8 @@ def main() -> None:
         for line, reached in geometric_means(rows):
             print(line if reached else f"MISSED: {line}")
         print(path)
+        if failed:
+            raise SystemExit(f"failed: {'; '.join(failed)}; their tracebacks are above.")
     else:
         readme = ROOT / "README.md"
         text = with_table(readme.read_text(encoding="utf-8"))

@@ -9,6 +9,8 @@ the CPU: --device cpu --data scenes:classes=20,size=32,train_per_class=8,test_pe
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import step_sections
 import torch
-from kept import arguments, keep
+from kept import arguments, run_parts
 
 
-def rows(given: Any) -> list[dict[str, Any]]:
-    """One for each method and mode, and for each way beside PyCIL."""
+def of_method(given: Namespace, method: str) -> list[dict[str, Any]]:
+    """One row for each mode of a method."""
     found = []
-    for row in step_sections.methods(given):
+    for row in step_sections.methods(Namespace(**{**vars(given), "methods": method})):
         shares = {f"{name}, %": round(100 * share, 1) for name, share in row["shares"].items()}
         head = {"method": row["method"], "mode": row["mode"], "images/s": row["rate"]}
         found.append({**head, "peak, MiB": _mib(row["peak"]), **shares})
+    return found
+
+
+def beside_peers(given: Namespace) -> list[dict[str, Any]]:
+    """One row for each way of each method that a peer has."""
+    found = []
     for row in step_sections.peers(given):
         for way, figures in row["ways"].items():
             head = {"method": row["method"], "mode": way, "images/s": figures["rate"]}
@@ -53,7 +61,8 @@ def main() -> None:
     given.pycil = Path(given.pycil) if given.pycil else None
     if given.device != "cpu":
         torch.set_float32_matmul_precision("high")
-    keep(__file__, rows(given), given)
+    parts = {name: partial(of_method, given, name) for name in given.methods.split(",")}
+    run_parts(__file__, {**parts, "beside peers": partial(beside_peers, given)}, given)
 
 
 if __name__ == "__main__":

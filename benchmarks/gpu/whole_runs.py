@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import growth
 import step_sections
-from kept import arguments, keep
+from kept import arguments, run_parts
 from step_case import peak_of, synchronise
 
 from fastcil.engine.evaluate import count_correct
@@ -80,6 +81,19 @@ def run(method: str, given: Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def grow(method: str, given: Namespace) -> list[dict[str, Any]]:
+    """A step's time and memory over the tasks."""
+    grown = growth.row(method, step_sections.stream(given), given.device, 5, given.tasks)
+    row = {
+        "method": f"{method}, growth",
+        "ms, task 2": grown["points"][1]["ms"],
+        f"ms, task {len(grown['points'])}": grown["points"][-1]["ms"],
+        "ms a task more": grown["ms_slope"],
+        "bytes a task more": grown["peak_slope"],
+    }
+    return [row]
+
+
 def main() -> None:
     """Times, prints and keeps."""
     given = arguments(
@@ -91,19 +105,9 @@ def main() -> None:
         precision="bf16",
         methods=",".join(METHODS),
     )
-    rows = [row for method in given.methods.split(",") for row in run(method, given)]
-    for method in growth.METHODS:
-        grown = growth.row(method, step_sections.stream(given), given.device, 5, given.tasks)
-        rows.append(
-            {
-                "method": f"{method}, growth",
-                "ms, task 2": grown["points"][1]["ms"],
-                f"ms, task {len(grown['points'])}": grown["points"][-1]["ms"],
-                "ms a task more": grown["ms_slope"],
-                "bytes a task more": grown["peak_slope"],
-            }
-        )
-    keep(__file__, rows, given)
+    runs = {method: partial(run, method, given) for method in given.methods.split(",")}
+    growths = {f"{name}, growth": partial(grow, name, given) for name in growth.METHODS}
+    run_parts(__file__, {**runs, **growths}, given)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 import run
@@ -131,3 +133,18 @@ def test_every_kept_case_is_one_there_is():
         assert set() < {(row["op"], row["name"]) for row in content["cases"]} <= names
         assert all(re.fullmatch("[0-9a-f]{12}", row["commit"]) for row in content["cases"])
         assert {"torch", "processor", "rounds", "peers"} <= set(content["environment"])
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def broken(name, full):
+        raise RuntimeError("no such instruction")
+
+    bad = OpCase("pade", "broken", ("fastcil",), broken)
+    monkeypatch.setattr(run, "CASES", (bad, replace(CASE, aims={})))
+    out = tmp_path / "new"
+    monkeypatch.setattr(sys, "argv", ["run.py", "time", "--rounds", "1", "--out", str(out)])
+    with pytest.raises(SystemExit, match="failed: pade, broken"):
+        run.main()
+    (kept,) = out.iterdir()
+    assert [row["name"] for row in json.loads(kept.read_text())["cases"]] == [CASE.name]
+    assert "no such instruction" in capsys.readouterr().err
