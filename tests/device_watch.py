@@ -61,6 +61,7 @@ READS = {
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXING |= {aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 COPIES = {aten.copy_.default}
+JOINS = {aten.cat.default, aten.stack.default}
 PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 TORCH = os.path.dirname(torch.__file__)
 THE_DEVICE = Tensor.device.__get__  # made anew whenever it is asked for
@@ -92,15 +93,25 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _place() -> str:
+    """The line of this package that is being run."""
+    frames = [f for f in traceback.extract_stack() if "/fastcil/" in f.filename]
+    place = frames[-1] if frames else traceback.extract_stack()[0]
+    name = place.filename.rpartition("/fastcil/")[2]
+    return f"{name}:{place.lineno} {place.line}"
+
+
 class DeviceWatch:
     """Books of what lives on the make-believe device, and of what waited for it in a step.
 
     Attributes:
         waits: What waited while `counting`: a reason and the line of this package it came from.
+        mixes: What computed with tensors of both at any time, which CUDA refuses; likewise.
     """
 
     def __init__(self) -> None:
         self.waits: list[tuple[str, str]] = []
+        self.mixes: list[tuple[str, str]] = []
         self._count = False
         self._held: dict[int, StorageWeakRef] = {}
         self._inherit = False
@@ -140,12 +151,12 @@ class DeviceWatch:
 
     def note(self, reason: str) -> None:
         """Counts a wait."""
-        if not self._count:
-            return
-        frames = [f for f in traceback.extract_stack() if "/fastcil/" in f.filename]
-        place = frames[-1] if frames else traceback.extract_stack()[0]
-        name = place.filename.rpartition("/fastcil/")[2]
-        self.waits.append((reason, f"{name}:{place.lineno} {place.line}"))
+        if self._count:
+            self.waits.append((reason, _place()))
+
+    def note_mix(self, reason: str) -> None:
+        """Counts a computation that CUDA refuses."""
+        self.mixes.append((reason, _place()))
 
 
 class _Calls(TorchFunctionMode):
@@ -167,8 +178,8 @@ class _Calls(TorchFunctionMode):
         mine = any(watch.has(t) for t in _tensors((*args, *kwargs.values())))
         if func is F.one_hot and len(args) + len(kwargs) > 1:
             # Only on the CPU does it look at the labels where it knows the number of classes.
-            with watch.counting(False):
-                return watch.take(func(*args, **kwargs)) if mine else func(*args, **kwargs)
+            with watch.counting(False), self._inheriting(mine):
+                return func(*args, **kwargs)
         if func is Tensor.__setitem__ and mine and not isinstance(args[2], Tensor):
             return self._set(*args)
         if func is Tensor.new_tensor and mine and "device" not in kwargs:
@@ -182,14 +193,20 @@ class _Calls(TorchFunctionMode):
                 return watch.take(func(*args, **kwargs).clone())
             out = func(*args, **kwargs)
             return watch.take(out) if there else out
-        before, watch._inherit = watch._inherit, mine
-        try:
+        with self._inheriting(mine):
             out = func(*args, **kwargs)
-        finally:
-            watch._inherit = before
         if func is Tensor.__deepcopy__ and mine:
             watch.take(out)
         return out
+
+    @contextmanager
+    def _inheriting(self, mine: bool) -> Iterator[None]:
+        """What operators make out of nothing lives where the call's arguments do."""
+        before, self.watch._inherit = self.watch._inherit, mine
+        try:
+            yield
+        finally:
+            self.watch._inherit = before
 
     def _set(self, tensor: Tensor, index: object, value: object) -> None:
         """Sets some entries to a number; on CUDA that is no copy only where a mask says which."""
@@ -241,6 +258,8 @@ class _Operators(TorchDispatchMode):
         given = _tensors((*args, *kwargs.values()))
         held = [watch.has(tensor) for tensor in given]
         mine = any(held) if given else watch._inherit
+        if mine and not all(held):
+            self._check_mix(func, args, given, held)
         if mine and watch._count:
             self._check(func, args, kwargs, given, held)
         out = func(*args, **kwargs)
@@ -258,10 +277,22 @@ class _Operators(TorchDispatchMode):
                     watch.note(f"{func.name()} by a mask has a shape that depends on values")
                 elif not watch.has(index) and index.ndim:
                     watch.note(f"{func.name()} copies its index from the host and waits")
-        elif not all(held):
-            odd = [t for t, is_held in zip(given, held, strict=True) if not is_held and t.ndim]
-            if func in COPIES:
-                if not watch.has(args[0]) or not (len(args) > 2 and args[2]):
-                    watch.note(f"{func.name()} copies between device and host and waits")
-            elif odd:
-                watch.note(f"{func.name()} mixes devices: {[tuple(t.shape) for t in odd]}")
+        elif func in COPIES and not all(held):
+            goes_on = watch.has(args[0]) and len(args) > 2 and args[2]
+            if not goes_on:
+                watch.note(f"{func.name()} copies between device and host and waits")
+
+    def _check_mix(self, func, args, given, held):  # type: ignore[no-untyped-def]
+        """Only copies and indexing take tensors of both, and single numbers but for joining."""
+        if func in COPIES:
+            return
+        if func in INDEXING and self.watch.has(args[0]):
+            # Indices may be on the host; values of more than one number may not.
+            given = [args[0], *(t for t in args[2:] if isinstance(t, Tensor))]
+            held = [self.watch.has(tensor) for tensor in given]
+        odd = [t for t, there in zip(given, held, strict=True) if not there]
+        if func not in JOINS:
+            odd = [t for t in odd if t.ndim]
+        if odd:
+            shapes = [tuple(t.shape) for t in odd]
+            self.watch.note_mix(f"{func.name()} with {shapes} on the host")

@@ -92,6 +92,8 @@ def waits_of(composition: str, monkeypatch: pytest.MonkeyPatch, **options: Any) 
     with watch.running():
         learn_two_tasks(composition, str(DEVICE), monkeypatch, in_step, **options)
     assert len(steps) >= 2
+    # In steps and between them.
+    assert watch.mixes == []
     return [wait for wait in watch.waits if not any(place in wait[1] for place in EXEMPT)]
 
 
@@ -136,6 +138,32 @@ def test_no_step_waits_with_other_settings(options: dict[str, Any], monkeypatch)
     assert waits_of("foster+cim", monkeypatch, **options) == []
 
 
+@pytest.mark.parametrize(
+    ("composition", "options"),
+    [
+        ("er+samc", {"samc.analyse": True, "engine.forward_transfer": True}),
+        ("lecnet", {"lecnet.analyse": True, "lecnet.later.epochs": 200}),
+        ("foster+cim", {"engine.knn": 2, "cim.threshold": "held-out"}),
+        ("dlcft", {"dlcft.curvature": "ekfac"}),
+        ("er+mrdc", {}),
+    ],
+)
+def test_a_run_never_mixes_devices(composition: str, options: dict[str, Any], tmp_path) -> None:
+    watch = DeviceWatch()
+    with watch.running():
+        fastcil.train(
+            composition,
+            DATA,
+            "lfs-2",
+            "8 images",
+            device=str(DEVICE),
+            backbone=ConvNet,
+            run_dir=tmp_path,
+            **{**OPTIONS, **options},
+        )
+    assert watch.mixes == []
+
+
 WAITS: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: bool(x.any()),
@@ -161,7 +189,6 @@ WAITS: dict[str, Callable[[Tensor], Any]] = {
     "range": lambda x: range(x.long()[1]),
     "host index": lambda x: x[torch.tensor([0])],
     "set": lambda x: x.__setitem__(torch.ones_like(x).long(), 0.0),
-    "mixed": lambda x: x + torch.ones(3),
     "copy_": lambda x: x.copy_(torch.ones(3)),
     "one_hot": lambda x: F.one_hot(x.long()),
 }
@@ -191,6 +218,25 @@ def test_a_wait_is_told_from_none(name: str) -> None:
         with watch.counting():
             (GOES_ON if good != name else WAITS)[good](y.detach())
     assert bool(watch.waits) == (good == name), watch.waits
+
+
+MIXED: dict[str, Callable[[Tensor], Any]] = {
+    "sum": lambda x: x + torch.ones(3),
+    "cat": lambda x: torch.cat([x, torch.ones(3)]),
+    "stack of numbers": lambda x: torch.stack([x[0], torch.tensor(1.0)]),
+    "host indexed by the device": lambda x: torch.ones(3)[x.long()],
+    "set": lambda x: x.__setitem__(x.argsort()[:2], torch.ones(2)),
+    "gather": lambda x: x.gather(0, torch.zeros(1, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", [*MIXED, *(f"not {name}" for name in GOES_ON)])
+def test_what_mixes_devices_is_seen_anywhere(name: str) -> None:
+    watch, good = DeviceWatch(), name.removeprefix("not ")
+    with watch.running():
+        x = torch.arange(3.0).to(DEVICE)
+        (GOES_ON if good != name else MIXED)[good](x)
+    assert bool(watch.mixes) == (good == name), watch.mixes
 
 
 def test_a_wait_in_a_backward_pass_is_seen() -> None:
