@@ -83,9 +83,11 @@ class JointObjective:
         self.compress_all = compress_all
 
     def start(self) -> Iterable[nn.Parameter]:
-        """phi, as the stage begins; the branch is made then, not in the first step."""
+        """phi, as the stage begins; what steps need is made and sent then, not in the first."""
         self.branch()
-        return self.curves()
+        phi = list(self.curves())
+        (self.classes,) = send((self.classes,), phi[0].device)
+        return phi
 
     def __call__(self, batch: Batch) -> Losses:
         """The stage's terms on the composed batch, then ``cim masks`` and ``cim branch``."""
@@ -94,8 +96,7 @@ class JointObjective:
         masks = cam(maps, network.cam_weights(batch.labels).detach())  # [B, h, w]
         new = None
         if not self.compress_all:
-            (classes,) = send((self.classes,), batch.labels.device)
-            new = (batch.labels[:, None] == classes).any(1)
+            new = (batch.labels[:, None] == self.classes).any(1)
         composed = compose_batch(batch.images, masks, *self.ratios, new)
         scores = network.head(maps.mean((2, 3)))
         return {

@@ -130,7 +130,7 @@ class MaskStage(Stage):
             The terms of Eq. 9, weighted and detached: ``outer``, ``mask``, ``branch``.
         """
         inner, outer = batches
-        # In full precision always: derivatives of derivatives drown in the rounding of half.
+        # Never in half precision: derivatives of derivatives drown in its rounding.
         full = torch.autocast(inner.images.device.type, enabled=False)
         with evaluating(self.method), full:
             losses = self._outer_losses(inner, outer, stepper.lr / self.recipe.lr)

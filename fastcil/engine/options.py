@@ -284,7 +284,7 @@ def _parse(name: str, cls: type, values: dict[str, Any]) -> Any:
     try:
         parser = _parser(name, cls)
         return parser.instantiate(parser.parse_object({name: values}))[name]
-    except FastcilError:
+    except (FastcilError, ImportError):
         raise
     except Exception as error:
         raise FastcilError(explain(error)) from error

@@ -125,6 +125,8 @@ def pade_kernel(
         if not SAFE:
             start, stop = stop * VEC, tl.cdiv(left, ROWS)
             fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
+            # What is stored again below need not be stored by the same thread.
+            tl.debug_barrier()
             start = tl.where(fine, start, 0)
 
 
@@ -180,6 +182,8 @@ def backward_kernel(
         if not SAFE:
             start, stop = stop * VEC, tl.cdiv(left, ROWS)
             fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
+            # What is stored again below need not be stored by the same thread.
+            tl.debug_barrier()
             start = tl.where(fine, start, 0)
             sums_a = _kept(sums_a, fine, M + 1)
             sums_b = _kept(sums_b, fine, N)
@@ -253,6 +257,8 @@ def double_backward_kernel(
         if not SAFE:
             start, stop = stop * VEC, tl.cdiv(left, ROWS)
             fine = tl.max(tl.max(largest, 1), 0) <= LIMIT
+            # What is stored again below need not be stored by the same thread.
+            tl.debug_barrier()
             start = tl.where(fine, start, 0)
             sums_a = _kept(sums_a, fine, M + 1)
             sums_b = _kept(sums_b, fine, N)

@@ -123,6 +123,8 @@ def _scale(
         high = tl.maximum(high, tl.where(inside, value, float("-inf")))
         odd |= (value != value).to(tl.int32)
         tl.store(scaled + at, value, mask=inside)
+    # What is read again below need not be read by the thread that wrote it.
+    tl.debug_barrier()
     least = tl.min(low, 0)
     most = tl.max(high, 0)
     span = most - least
@@ -266,7 +268,7 @@ def _check(sizes: Tensor) -> None:
 
 def _sizes(sizes: Tensor, device: torch.device) -> tuple[Tensor | None, int, int]:
     """Sizes on the device, or the one size of all images, which needs no copying there."""
-    if sizes.device.type == "cpu" and sizes.stride(0) == 0:
+    if sizes.device.type == "cpu" and (len(sizes) == 1 or sizes.stride(0) == 0):
         rows, columns = sizes[0].tolist()
         return None, rows, columns
     return sizes.to(device, torch.int64).contiguous(), 0, 0

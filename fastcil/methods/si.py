@@ -34,6 +34,7 @@ from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import (
     Tensors,
     cross_entropy_among,
+    gradients,
     outputs_of,
     rows_of_others,
     with_gradient,
@@ -203,16 +204,15 @@ class _PathStage(Stage):
         losses = self.loss(Batch.cat(batches))
         named = {n: p for n, p in self._si.network.named_parameters() if p.requires_grad}
         parameters = list(named.values())
-        task = torch.autograd.grad(losses["classification"], parameters)
-        whole = list(task)
+        task = whole = gradients(losses["classification"], parameters)
         rest = {name: value for name, value in losses.items() if name != "classification"}
         if rest:
-            pulls = torch.autograd.grad(total(rest), parameters, allow_unused=True)
-            whole = [g if p is None else g + p for g, p in zip(task, pulls, strict=True)]
+            pulls = gradients(total(rest), parameters)
+            whole = [g + pull for g, pull in zip(task, pulls, strict=True)]
         followed = set(self._si.names())
         before = {name: p.detach().clone() for name, p in named.items() if name in followed}
         flat = torch.cat([g.flatten() for g in whole])
         stepper.update(with_gradient(parameters, flat))
-        gradients = dict(zip(named, task, strict=True))
-        self._si.follow({name: gradients[name] for name in before}, before)
+        by_name = dict(zip(named, task, strict=True))
+        self._si.follow({name: by_name[name] for name in before}, before)
         return {name: value.detach() for name, value in losses.items()}

@@ -33,6 +33,7 @@ from fastcil.nn.pod import nca as nca
 from fastcil.nn.pod import pod_flat as pod_flat
 from fastcil.nn.pod import pod_spatial as pod_spatial
 from fastcil.nn.projection import flat_gradient as flat_gradient
+from fastcil.nn.projection import gradients as gradients
 from fastcil.nn.projection import project_gradient as project_gradient
 from fastcil.nn.projection import remove_opposing as remove_opposing
 from fastcil.nn.projection import with_gradient as with_gradient

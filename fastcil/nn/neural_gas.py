@@ -281,21 +281,25 @@ def adapt(
         # int64 [steps, min(N, 2)]
     """
     count = len(nodes)
-    drawn = torch.randint(len(features), (steps,), generator=generator).tolist()
+    drawn = torch.randint(len(features), (steps,), generator=generator)
+    # Thousands of small steps, each waiting for the one before: on the host, wherever the nodes
+    # are, for a GPU would spend its time on being asked.
+    vectors, moved = features[drawn.to(features.device)].cpu(), nodes.cpu()
     share = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
     rates = (_RATES[0] * (_RATES[1] / _RATES[0]) ** share).tolist()
     first = max(0.2 * count, _LAST_REACH) if reach is None else reach
     reaches = (first * (_LAST_REACH / first) ** share).tolist()
-    rank = torch.arange(count, dtype=nodes.dtype, device=nodes.device)
+    rank = torch.arange(count, dtype=nodes.dtype)
     strength = torch.empty_like(rank)
-    winners = torch.empty(steps, min(count, 2), dtype=torch.int64, device=nodes.device)
-    for step, place in enumerate(drawn):
-        away = features[place] - nodes  # [N, D]
+    winners = torch.empty(steps, min(count, 2), dtype=torch.int64)
+    for step, vector in enumerate(vectors):
+        away = vector - moved  # [N, D]
         order = away.square().sum(1).argsort(stable=True)
         strength[order] = rates[step] * (rank / -reaches[step]).exp()
-        nodes.addcmul_(away, strength[:, None])
+        moved.addcmul_(away, strength[:, None])
         winners[step] = order[:2]
-    return winners
+    nodes.copy_(moved)
+    return winners.to(nodes.device)
 
 
 def age_edges(ages: Tensor, winners: Tensor, lifetime: int) -> Tensor:

@@ -13,6 +13,10 @@ from fastcil.nn.quadratic import minimize_above
 # Columns that are in float64 at a time.
 _BLOCK = 2**16
 
+# Of losses that a step differentiates itself. Under autocast to fp16 small gradients of activations
+# would vanish; a power of two changes no others.
+_FACTOR = 1024.0
+
 
 @torch.no_grad()
 def project_gradient(
@@ -93,8 +97,26 @@ def remove_opposing(gradient: Tensor, reference: Tensor) -> Tensor:
     return (g - share * r).to(gradient.dtype)
 
 
+def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a loss as a step may take them itself; zeros where it has none.
+
+    Args:
+        loss: A scalar, of a forward pass under autocast to any type or under none.
+        parameters: Of any shapes.
+
+    Returns:
+        One for each parameter, without a graph.
+
+    Example:
+        >>> a, b = torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True)
+        >>> gradients((3 * a).sum(), [a, b])
+        [tensor([3., 3.]), tensor(0.)]
+    """
+    return [g / _FACTOR for g in _scaled_gradients(loss, parameters)]
+
+
 def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The gradient of a loss, all parameters one after the other; zeros where it has none.
+    """The `gradients` of a loss, all parameters one after the other.
 
     Args:
         loss: A scalar.
@@ -108,16 +130,7 @@ def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         >>> flat_gradient((3 * a).sum(), [a, b])
         tensor([3., 3., 0.])
     """
-    # Under autocast to fp16 small gradients of activations would vanish; the factor, a power of
-    # two, changes no others.
-    factor = 1024.0
-    with torch.autocast(loss.device.type, enabled=False):
-        found = torch.autograd.grad(loss * factor, list(parameters), allow_unused=True)
-    each = [
-        torch.zeros_like(p).flatten() if g is None else g.flatten()
-        for p, g in zip(parameters, found, strict=True)
-    ]
-    return torch.cat(each) / factor
+    return torch.cat([g.flatten() for g in _scaled_gradients(loss, parameters)]) / _FACTOR
 
 
 def with_gradient(parameters: Sequence[Tensor], gradient: Tensor) -> Tensor:
@@ -136,6 +149,13 @@ def with_gradient(parameters: Sequence[Tensor], gradient: Tensor) -> Tensor:
     pieces = gradient.split([p.numel() for p in parameters])
     terms = [(p * g.view(p.shape)).sum() for p, g in zip(parameters, pieces, strict=True)]
     return torch.stack(terms).sum()
+
+
+def _scaled_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """`gradients`, times a factor."""
+    with torch.autocast(loss.device.type, enabled=False):
+        found = torch.autograd.grad(loss * _FACTOR, list(parameters), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def _products(constraints: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
