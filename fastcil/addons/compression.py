@@ -248,12 +248,14 @@ def check_exemplars(addon: str, method: Method) -> None:
 
 
 def check_sizes(addon: str, config: BoxConfig, context: Context) -> None:
-    """Raises if exemplars would be smaller than a way of cropping bears that takes one size."""
-    if config.foreground_ratio > 1 and context.augmentation.crop == "padded":
+    """Raises if exemplars would be smaller than a way of cropping bears that counts pixels."""
+    look = context.augmentation
+    counts = look.crop == "padded" or (look.crop == "window" and look.resize is None)
+    if config.foreground_ratio > 1 and counts:
         raise CompositionError(
             f"option '{addon}.foreground_ratio' is {config.foreground_ratio}, which keeps "
-            f"exemplars at a smaller size, and augment.crop 'padded' needs all images to be of one "
-            f"size; set augment.crop to 'resized'."
+            f"exemplars at a smaller size, and augment.crop '{look.crop}' cuts squares of as many "
+            f"pixels from images of all sizes; set augment.crop to 'resized'."
         )
 
 

@@ -14,7 +14,7 @@ class FreeImages:
 
     The pixels of all images are one vector of normalised values, as `start` gives it, for a caller
     to make a parameter of; nothing of them is held here. They are read by the test transform: the
-    image, or the middle square that test images are cut to, resized to the network's side by the
+    image, or the middle that test images are cut to, resized to the network's side by the
     weights of `fastcil.ops.read`, with no rounding in between. What that cuts away is not trained.
 
     Args:

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from fastcil import ops
-from fastcil.data import autoaugment
+from fastcil.data import autoaugment, crops
 from fastcil.ops.pixel_ops import pixel_rows
 
 Crop = Literal["resized", "padded", "window", "none"]
 Policy = Literal["none", "cifar", "imagenet"]
-
-# RandomResizedCrop's aspect ratios (Szegedy et al. 2015), its tries, and where it gives up.
-_RATIOS = (3 / 4, 4 / 3)
-_TRIES = 10
 
 
 def _real(value: object) -> bool:
@@ -40,11 +36,6 @@ def _checked(sizes: Tensor) -> tuple[Tensor, Tensor]:
     return height, width
 
 
-def _box(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Crops float32 [B, 4] as (y0, x0, y1, x1)."""
-    return torch.stack([top, left, top + height, left + width], 1).float()
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """How training and test images are cut out of the stored ones and changed.
@@ -59,7 +50,8 @@ class Augmentation:
         crop: "resized": a random part of the image, resized (RandomResizedCrop, Szegedy et al.
             2015); "padded": a square of side `size` at the image's own resolution, out of the
             image with `padding` black pixels on each side; "window": the same inside the image, one
-            with a shorter side being enlarged to fit; "none": the whole image.
+            with a shorter side being enlarged to fit, or inside what `resize` makes of the image;
+            "none": the whole image.
         min_scale: Smallest share of the image's area that "resized" takes; the largest is 1.
         padding: Black pixels on each side for "padded".
         flip: Whether half the images are mirrored.
@@ -74,6 +66,8 @@ class Augmentation:
         test_ratio: With "resized", the test image is the middle of the image resized to a short
             side of size * test_ratio; "window" tests on the window in the middle, the other crops
             on the whole image.
+        resize: With "window", side of the square that the whole image is resized to before the
+            window is cut out; None leaves it as it is.
 
     Raises:
         ValueError: If a value is out of its range; the sentence names it.
@@ -103,6 +97,7 @@ class Augmentation:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     antialias: bool = True
     test_ratio: float = 256 / 224
+    resize: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every value; raises ValueError in one sentence."""
@@ -121,6 +116,16 @@ class Augmentation:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; pass a number from 0 to 1.")
         if not _real(self.test_ratio) or self.test_ratio < 1:
             raise ValueError(f"test_ratio is {self.test_ratio!r}; pass a number of at least 1.")
+        if self.resize is not None and (not _whole(self.resize) or self.resize < self.size):
+            raise ValueError(
+                f"resize is {self.resize!r}; pass a side in pixels of at least size, {self.size}, "
+                f"or None."
+            )
+        if self.resize is not None and self.crop != "window":
+            raise ValueError(
+                f"resize is {self.resize}, and crop '{self.crop}' has no use for it; set crop to "
+                f"'window', or resize to None."
+            )
         for name in ("padding", "cutout"):
             value = getattr(self, name)
             if not _whole(value) or value < 0:
@@ -198,7 +203,10 @@ class Augmentation:
         smaller than that even with its padding is put in the middle.
 
         "window": the square's side is `size`, or the image's shorter one if that is less; its y0 is
-        uniform over 0 ... H - side, and x0 likewise.
+        uniform over 0 ... H - side, and x0 likewise. With `resize` r the square is one of side
+        `size` in the image as resized to r x r, y0 uniform over 0 ... r - size; the crop is what it
+        shows, from y0 H / r to (y0 + size) H / r, so that one resampling does both. Its border
+        alone may differ from that of two steps: `read` blends in no pixels from beyond a crop.
 
         Args:
             sizes: Heights and widths of the images, whole numbers, [B, 2]; on any device.
@@ -218,63 +226,28 @@ class Augmentation:
         """
         height, width = _checked(sizes)
         # The number of draws never depends on what was drawn: a batch moves the generator by B.
-        numbers = torch.rand((len(sizes), 3 + 2 * _TRIES), generator=generator, dtype=torch.float64)
+        shape = (len(sizes), 3 + 2 * crops.TRIES)
+        numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
         numbers = numbers.to(sizes.device, non_blocking=True)
         (luck, down, across), tries = numbers[:, :3].unbind(1), numbers[:, 3:]
         flips = luck < (0.5 if self.flip else 0.0)
         if self.crop == "none":
             return self.whole(sizes), flips
         if self.crop == "padded":
-            return self._padded(height, width, down, across), flips
-        if self.crop == "window":
-            return self._window(height, width, down, across), flips
-        return self._resized(height, width, down, across, tries), flips
-
-    def _padded(self, height: Tensor, width: Tensor, down: Tensor, across: Tensor) -> Tensor:
-        """Squares of side `size` somewhere in the padded image."""
-
-        def start(length: Tensor, luck: Tensor) -> Tensor:
-            room = length + 2 * self.padding - self.size
-            within = (luck * (room + 1)).floor() - self.padding
-            return torch.where(room < 0, ((length - self.size) / 2).floor(), within)
-
-        side = torch.full_like(height, self.size)
-        return _box(start(height, down), start(width, across), side, side)
-
-    def _window(self, height: Tensor, width: Tensor, down: Tensor, across: Tensor) -> Tensor:
-        """Squares inside the image, a share `down` and `across` of the way to its far corner."""
-        side = torch.minimum(height, width).clamp(max=self.size)
-        top, left = (down * (height - side + 1)).floor(), (across * (width - side + 1)).floor()
-        return _box(top, left, side, side)
-
-    def _resized(
-        self, height: Tensor, width: Tensor, down: Tensor, across: Tensor, tries: Tensor
-    ) -> Tensor:
-        """Random parts of the image; tries [B, 20] are for ten areas and ten ratios."""
-        share = self.min_scale + (1 - self.min_scale) * tries[:, :_TRIES]
-        low, high = math.log(_RATIOS[0]), math.log(_RATIOS[1])
-        ratio = (low + (high - low) * tries[:, _TRIES:]).exp()
-        area = share * (height * width)[:, None]
-        wide, tall = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # [B, 10]
-        fits = (wide >= 1) & (wide <= width[:, None]) & (tall >= 1) & (tall <= height[:, None])
-        first = fits.int().argmax(1, keepdim=True)
-        wide, tall = wide.gather(1, first)[:, 0], tall.gather(1, first)[:, 0]
-        top = (down * (height - tall + 1)).floor()
-        left = (across * (width - wide + 1)).floor()
-
-        widest = torch.minimum(width, (height * _RATIOS[1]).round())
-        tallest = torch.minimum(height, (width / _RATIOS[0]).round())
-        middle = _box(
-            ((height - tallest) / 2).floor(), ((width - widest) / 2).floor(), tallest, widest
-        )
-        return torch.where(fits.any(1)[:, None], _box(top, left, tall, wide), middle)
+            boxes = crops.padded(height, width, self.size, self.padding, down, across)
+        elif self.crop == "window":
+            boxes = crops.window(height, width, self.size, self.resize, down, across)
+        else:
+            boxes = crops.resized(height, width, self.min_scale, down, across, tries)
+        return boxes, flips
 
     def centre(self, sizes: Tensor) -> Tensor:
         """The crops of a test batch.
 
         With "resized": the middle square of side min(H, W) / test_ratio, which is what is left of
         resizing the short side to size * test_ratio and cutting size x size out of the middle.
-        With "window": the window in the middle. With "padded" and "none": the whole image.
+        With "window": the window in the middle, of the resized image where there is a `resize`.
+        With "padded" and "none": the whole image.
 
         Args:
             sizes: Heights and widths of the images, [B, 2]; on any device.
@@ -294,9 +267,9 @@ class Augmentation:
         height, width = _checked(sizes)
         if self.crop == "window":
             half = torch.full_like(height, 0.5)
-            return self._window(height, width, half, half)
+            return crops.window(height, width, self.size, self.resize, half, half)
         side = torch.minimum(height, width) / self.test_ratio
-        return _box((height - side) / 2, (width - side) / 2, side, side)
+        return crops.box((height - side) / 2, (width - side) / 2, side, side)
 
     def whole(self, sizes: Tensor) -> Tensor:
         """The crops that squeeze whole images to the square, as class activation maps need them.
@@ -316,7 +289,7 @@ class Augmentation:
         """
         height, width = _checked(sizes)
         zero = torch.zeros_like(height)
-        return _box(zero, zero, height, width)
+        return crops.box(zero, zero, height, width)
 
     def pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Changes a training batch's pixels: AutoAugment, jitter, then Cutout.

@@ -44,7 +44,10 @@ class AugmentOptions:
     Args:
         size: Side of the square the network sees; None is the images' own up to 64 pixels when
             they are all alike, else 224.
-        crop: ``padded`` (own size, zero margin) or ``resized`` (RandomResizedCrop).
+        crop: ``padded`` (own size, zero margin), ``resized`` (RandomResizedCrop), or a ``window``
+            of ``size`` anywhere in the image, in its middle when testing; ``none`` for the whole.
+        resize: Side of the square that whole images are resized to before a ``window`` is cut out;
+            None leaves them at their own resolution.
         min_scale: Smallest share of the area that ``resized`` keeps.
         padding: Margin of ``padded``.
         flip: Whether to mirror half of the images.
@@ -60,7 +63,8 @@ class AugmentOptions:
     """
 
     size: int | None = None
-    crop: Literal["padded", "resized", "none"] | None = None
+    crop: Literal["padded", "resized", "window", "none"] | None = None
+    resize: int | None = None
     min_scale: float = 0.08
     padding: int = 4
     flip: bool = True

@@ -88,6 +88,7 @@ def make_augmentation(
         return make(
             size=size,
             crop=crop,
+            resize=options.resize,
             min_scale=options.min_scale,
             padding=options.padding,
             flip=options.flip,

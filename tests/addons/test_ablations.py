@@ -209,8 +209,9 @@ def test_settings_that_are_none_are_named(options, says) -> None:
 
 
 def test_smaller_exemplars_and_cropping_by_padding_do_not_go_together() -> None:
-    with pytest.raises(CompositionError, match=r"cim.foreground_ratio.*augment.crop 'padded'"):
-        run("11 foreground", **{"augment.crop": "padded", "augment.size": SIDE})
+    for crop in ("padded", "window"):
+        with pytest.raises(CompositionError, match=rf"cim.foreground_ratio.*augment.crop '{crop}'"):
+            run("11 foreground", **{"augment.crop": crop, "augment.size": SIDE})
 
 
 def test_images_can_not_be_held_out_of_a_method_that_chooses_for_itself() -> None:

@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fastcil.data import ImageStore, read_batch
+from fastcil.data import ImageStore, load, read_batch
 from fastcil.data.augment import Augmentation
 from fastcil.data.autoaugment import draw
 from fastcil.ops import pixel_ops
@@ -231,7 +232,7 @@ def test_a_program_is_what_pixels_does() -> None:
     assert torch.equal(program.run(images), augmentation.pixels(images, seeded(4)))
 
 
-@pytest.mark.parametrize("crop", ["resized", "padded", "none"])
+@pytest.mark.parametrize("crop", ["resized", "padded", "window", "none"])
 def test_same_seed_same_bits(crop: Any) -> None:
     augmentation = Augmentation(16, crop=crop, policy="imagenet", cutout=4)
     shape = torch.randint(16, 60, (24, 2), generator=seeded(13))
@@ -266,10 +267,11 @@ def test_normalise_against_float64(dtype: torch.dtype, tolerance: float) -> None
 
 
 @pytest.mark.parametrize("policy", ["none", "cifar", "imagenet"])
-@pytest.mark.parametrize("crop", ["resized", "padded", "none"])
+@pytest.mark.parametrize("crop", ["resized", "padded", "window", "none"])
 def test_nothing_waits_for_the_device(policy: Any, crop: Any) -> None:
     # Meta tensors hold no values, so reading one back is an error.
-    augmentation = Augmentation(8, crop=crop, policy=policy, cutout=2)
+    resize = 9 if crop == "window" else None
+    augmentation = Augmentation(8, crop=crop, policy=policy, cutout=2, resize=resize)
     images = torch.empty((40, 3, 8, 8), dtype=torch.uint8, device="meta")
     shape = torch.empty((40, 2), dtype=torch.int64, device="meta")
     crops, flips = augmentation.draw(shape, seeded())
@@ -330,6 +332,10 @@ def test_presets() -> None:
         ("antialias", None),
         ("test_ratio", 0.9),
         ("test_ratio", math.inf),
+        ("resize", 31),
+        ("resize", 40.0),
+        ("resize", True),
+        ("resize", 40),  # of crop "resized"
     ],
 )
 def test_a_wrong_field_is_named_in_one_sentence(name: str, value: object) -> None:
@@ -398,3 +404,56 @@ def test_the_test_window_is_the_middle() -> None:
     shape = torch.tensor([[40, 50], [20, 31], [32, 32]])
     crops = Augmentation(32, crop="window").centre(shape)
     assert crops.tolist() == [[4, 9, 36, 41], [0, 6, 20, 26], [0, 0, 32, 32]]
+
+
+def test_windows_of_a_resized_image_are_read_as_resized_then_cut() -> None:
+    """Resized to 40 x 40 by Pillow, then a window of 32: the two steps, one after the other."""
+    size, resize, drawn = 32, 40, load("scenes:classes=2,size=90,train_per_class=1").train.images
+    noise = np.random.default_rng(11).integers(0, 256, (61, 40, 3), np.uint8)
+    scenes = [drawn.image(k).numpy() for k in range(2)]
+    # Shrunk, also unevenly, as it is along one side, and enlarged.
+    pictures = [scenes[0], scenes[1][:50], noise, scenes[0][10:34, :20]]
+    store = ImageStore.from_images(pictures)
+    augmentation = Augmentation(
+        size, "window", resize=resize, brightness=0.0, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    which = torch.arange(4).repeat(60)
+    crops, flips = augmentation.draw(store.sizes[which], seeded(33))
+    middles = augmentation.centre(store.sizes)
+    got = read_batch([store], which * 0, which, augmentation, crops, flips)
+    test = read_batch(
+        [store], which[:4] * 0, which[:4], augmentation, middles, torch.zeros(4, dtype=torch.bool)
+    )
+    places = set()
+    rows = zip([*got, *test], [*which.tolist(), *range(4)], [*crops, *middles], strict=True)
+    for number, (image, k, crop) in enumerate(rows):
+        height, width = pictures[k].shape[:2]
+        top, left = float(crop[0]) * resize / height, float(crop[1]) * resize / width
+        y, x = round(top), round(left)
+        assert abs(top - y) < 1e-4 and abs(left - x) < 1e-4
+        assert 0 <= y <= resize - size and 0 <= x <= resize - size
+        whole = Image.fromarray(pictures[k]).resize((resize, resize), Image.Resampling.BILINEAR)
+        wanted = np.asarray(whole)[y : y + size, x : x + size]
+        if number < len(which):
+            places.add((y, x))
+            wanted = wanted[:, ::-1] if flips[number] else wanted
+        else:
+            assert (y, x) == (4, 4), "test images are the middle"
+        error = np.abs(image.permute(1, 2, 0).numpy() * 255 - wanted)
+        assert error[1:-1, 1:-1].max() < 1.01, "but for rounding"
+        assert error.mean() < 0.5
+    assert {y for y, _ in places} == {x for _, x in places} == set(range(resize - size + 1))
+
+
+def test_a_window_may_be_all_of_a_resized_image() -> None:
+    augmentation = Augmentation(300, "window", resize=300)
+    shape = torch.tensor([[217, 331], [300, 300], [1, 5]])
+    crops, _ = augmentation.draw(shape, seeded(34))
+    assert torch.equal(crops, augmentation.whole(shape))
+    assert torch.equal(augmentation.centre(shape), augmentation.whole(shape))
+
+
+def test_shon_et_al_test_on_224_of_256() -> None:
+    """Sec. 4.1: resized to 256 x 256, of which 224 x 224 in the middle."""
+    crops = Augmentation(224, "window", resize=256).centre(torch.tensor([[256, 512]]))
+    assert crops.tolist() == [[16, 32, 240, 480]]

@@ -247,6 +247,8 @@ def test_epoch_scale_and_batch_size_reach_every_methods_stages(method: str) -> N
         ({"network.name": "resnet99"}, "backbone is 'resnet99'"),
         ({"augment.size": 0}, "augment.size is 0"),
         ({"augment.min_scale": 3}, "augment.min_scale is 3"),
+        ({"augment.resize": 64}, "augment.resize is 64, and crop 'padded' has no use for it"),
+        ({"augment.resize": 8, "augment.crop": "window"}, "augment.resize is 8; pass a side"),
         ({"augment.crop": "padded", "augment.size": 16}, "augment.crop is 'padded'"),
         ({"backbone": nn.Identity}, "backbone makes a module of type Identity, which has no out"),
         ({"backbone": nn.Identity()}, "backbone is a network; pass what builds one"),

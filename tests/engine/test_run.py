@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from backbones import ConvNet
+from PIL import Image
 from torch import Tensor
 
 from fastcil import Arrival, FastcilError, Learner, Result, Scenario, train
@@ -319,6 +320,32 @@ def test_a_class_that_comes_again_is_no_new_class(by_hand) -> None:
     matrix = result.accuracy_matrix
     assert np.isnan(matrix[:, 2]).all() and not np.isnan(matrix[2, :2]).any()
     assert np.isfinite([result.forgetting, result.bwt, result.last_accuracy]).all()
+
+
+def test_windows_of_resized_images(tmp_path: Path) -> None:
+    """Images of any sizes are learned from windows, and judged by the middle one."""
+    rng = np.random.default_rng(5)
+    images = [rng.integers(0, 256, (20 + k % 30, 60 - k % 25, 3), np.uint8) for k in range(24)]
+    part = Examples(ImageStore.from_images(images), torch.tensor([0, 1, 2, 3] * 6))
+    data = Dataset("mixed", part, part.select(range(4)), ("a", "b", "c", "d"))
+    more = {"augment.size": 32, "augment.crop": "window", "augment.resize": 40}
+    result = train("finetune", data, "lfs-2", "none", backbone=ConvNet, **{**OPTIONS, **more})
+    look = result.learner.parts.augmentation
+    assert (look.size, look.crop, look.resize) == (32, "window", 40)
+    result.learner.save(tmp_path / "learner.safetensors")
+    again = Learner.load(tmp_path / "learner.safetensors", device="cpu", backbone=ConvNet)
+    assert again.parts.augmentation == look
+    # What the network sees of an image is the middle of it, resized.
+    whole = Image.fromarray(images[3]).resize((40, 40), Image.Resampling.BILINEAR)
+    seen = []
+    network = result.learner.method.network
+    hook = network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    result.learner.predict([images[3]])
+    hook.remove()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (look.mean, look.std))
+    shown = ((seen[0][0] * std + mean) * 255).permute(1, 2, 0)
+    error = (shown - torch.from_numpy(np.asarray(whole)[4:36, 4:36].copy())).abs()
+    assert error[1:-1, 1:-1].max() < 1.01
 
 
 def test_images_decide_together_how_they_are_cut() -> None:
