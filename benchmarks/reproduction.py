@@ -109,12 +109,19 @@ def gather(config: dict[str, Any], run_dir: Path, kept: Path) -> dict[str, dict[
             if run is not None:
                 found.setdefault(method, {})[str(seed)] = run
     for method, runs in found.items():
-        if any(run["config"] != next(iter(runs.values()))["config"] for run in runs.values()):
+        options = [_filled(run["config"]) for run in runs.values()]
+        if any(other != options[0] for other in options):
             raise SystemExit(
                 f"{method}: the seeds in {run_dir} and those kept in {kept} were run with other "
                 f"options: remove {kept.name} to keep the new ones alone."
             )
     return found
+
+
+def _filled(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's flat config with what options there are since then, at their defaults."""
+    now = make_settings(config["method"], codec=config.get("codec")).as_dict()
+    return {**json.loads(json.dumps(flatten(now))), **config}
 
 
 def _bare(result: Result) -> dict[str, Any]:

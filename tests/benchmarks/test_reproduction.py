@@ -117,6 +117,10 @@ def test_figures_are_kept_and_tabled(
             assert (row["method"], row["seeds"]) == ("finetune", 1) and row["differences"]
     assert parts == content
     other = json.loads((tmp_path / "seeds" / "tiny.json").read_text())
+    # One that was run before there was some option has its default.
+    del other["er"]["0"]["config"]["augment.resize"]
+    (tmp_path / "seeds" / "tiny.json").write_text(json.dumps(other))
+    reproduction.keep("tiny", tmp_path / "elsewhere")
     other["er"]["0"]["config"]["memory"] = "1MiB"
     (tmp_path / "seeds" / "tiny.json").write_text(json.dumps(other))
     with pytest.raises(SystemExit, match="other options"):
