@@ -73,6 +73,12 @@ class DLCFT(Method):
     :math:`\bar w` the ridge regression of new classes on the pre-trained features of the task that
     brings them, fixed from then on (after Mu et al. 2020, whose classifier is trained first).
 
+    M's exemplars are chosen at random at the end of each task, as many of each class. The paper has
+    a reservoir (Sec. 4.1), a uniform sample of all images seen, which has as many of each class on
+    average alone. It serves streams that pass but once, or what is stored with an image as it
+    passes, such as the logits of `Dark`; here a task's images are all there at its end, and nothing
+    but the label is stored.
+
     Example:
         >>> DLCFT.Config().alpha
         15.0
