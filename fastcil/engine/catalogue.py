@@ -66,7 +66,7 @@ def list_presets() -> str:
     lines = []
     for name in preset_names():
         told = read_preset(name).arguments
-        lines.append(f"{name:28} {told['data']:22} {told['scenario']:14} {told['memory']}")
+        lines.append(f"{name:36} {told['data']:22} {told['scenario']:14} {told['memory']}")
     how = "'fastcil presets NAME' shows what one sets, --preset NAME with --method METHOD runs it."
     return "\n".join([*lines, "", how])
 
@@ -92,6 +92,8 @@ def describe_preset(name: str) -> str:
     preset = read_preset(name)
     sets = {**preset.arguments, **preset.options, "configs": dict(preset.configs)}
     lines = [preset.title, "", yaml.safe_dump(sets, sort_keys=False, default_flow_style=None)]
+    if preset.pretrained:
+        lines += [f"network.weights: to be passed, pre-trained on {preset.pretrained}", ""]
     lines.append("published, average / last accuracy")
     for figure in preset.published:
         lines.append(f"  {figure.method:24} {figure.text:14} {figure.source}")

@@ -51,16 +51,21 @@ class _Size:
 
 
 def announce(preset: Any, data: Any, options: Mapping[str, Any]) -> None:
-    """Tells, before they are read, what the images of a published run take.
+    """Tells, before they are read, what the images of a published run take, and weights it lacks.
 
     Args:
         preset: As `fastcil.train` takes it; only a preset of whole runs is told.
         data: What will be read; of another data set than the preset's nothing is known.
-        options: Nested, ``engine.progress`` among them.
+        options: Nested, ``engine.progress`` and ``network.weights`` among them.
     """
     if not is_run_preset(preset) or not options.get("engine", {}).get("progress", True):
         return
     told = read_preset(preset)
+    if told.pretrained and options.get("network", {}).get("weights") is None:
+        say(
+            f"{preset}: published with a network pre-trained on {told.pretrained}, and this one "
+            f"starts at random; pass such weights, --network.weights FILE"
+        )
     if isinstance(data, str) and data == told.arguments["data"]:
         number = told.images["train"] + told.images["test"]
         say(

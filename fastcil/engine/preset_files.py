@@ -21,7 +21,7 @@ from fastcil.engine.options import flatten, nest
 from fastcil.errors import FastcilError
 
 ARGUMENTS = ("data", "scenario", "memory")
-_KEYS = ("title", "images", "configs", "published")
+_KEYS = ("title", "images", "configs", "published", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class RunPreset:
         images: How many images the data set has, ``train`` and ``test``, and their average
             ``height`` and ``width``.
         published: What papers report.
+        pretrained: Data that the published network was trained on before, whose weights are to be
+            passed; None if it starts at random.
     """
 
     name: str
@@ -87,6 +89,7 @@ class RunPreset:
     configs: Mapping[str, str]
     images: Mapping[str, int]
     published: tuple[Published, ...] = field(default=())
+    pretrained: str | None = None
 
     def options_for(self, methods: Iterable[str]) -> dict[str, Any]:
         """The options that concern these compositions, nested.
@@ -197,9 +200,10 @@ def _make(name: str, content: Mapping[str, Any], own: Mapping[str, Any]) -> RunP
         str(shared["title"]),
         {key: str(merged[key]) for key in ARGUMENTS},
         {key: value for key, value in merged.items() if key not in ARGUMENTS},
-        dict(shared.get("configs", {})),
+        {**shared.get("configs", {}), **own.get("configs", {})},
         dict(shared["images"]),
         tuple(_published(own.get("published", {}))),
+        shared.get("pretrained"),
     )
 
 

@@ -164,3 +164,20 @@ def test_what_is_about_to_be_read_is_announced(capsys: pytest.CaptureFixture[str
     announce("pycil", "food101", {})
     announce(None, "scenes", {})
     assert capsys.readouterr().err == ""
+
+
+def test_weights_that_a_published_run_starts_from_are_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    announce("dlcft/cifar100-data10", "cifar100", {"network": {"name": "resnet18"}})
+    asked, reading = capsys.readouterr().err.splitlines()
+    assert asked == (
+        "dlcft/cifar100-data10: published with a network pre-trained on ImageNet32, and this one "
+        "starts at random; pass such weights, --network.weights FILE"
+    )
+    assert reading.startswith("dlcft/cifar100-data10: reading 60,000 images, about 184.3 MB")
+    announce("lecnet/cub200-sa", "elsewhere", {})
+    assert "pre-trained on ImageNet," in capsys.readouterr().err
+    announce("dlcft/mit67-data4", "elsewhere", {"network": {"weights": "some.safetensors"}})
+    announce("dlcft/mit67-data4", "mit67", {"engine": {"progress": False}})
+    assert capsys.readouterr().err == ""

@@ -45,11 +45,14 @@ CLASSES = {
     "cifar100": 100,
     "cifar10": 10,
     "mini-imagenet": 100,
+    "mit67": 67,
 }
 SAMC = [name for name in preset_names() if name.startswith("samc/")]
+DLCFT = [name for name in preset_names() if name.startswith("dlcft/")]
 FEW_SHOT = [n for n in preset_names() if read_preset(n).arguments["scenario"].startswith("few-")]
 SIDES = {"cim": 224, "samc/mini": 84, "lecnet/cub200": 224, "fscil/mini": 84, "fscil/cub200": 224}
-SHARED = {"title", "images", "configs", "runs", *ARGUMENTS}
+SIDES |= {"dlcft/mit67": 224}
+SHARED = {"title", "images", "configs", "runs", "pretrained", *ARGUMENTS}
 # Of the runs of one file the first that a method is in: they differ in tasks and memory.
 CELLS = [
     (name, method)
@@ -67,12 +70,13 @@ SHORT = {"network.name": "resnet20", "network.width": 4, "engine.epoch_scale": 0
 def test_files_hold_nothing_unknown(file: Path) -> None:
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     for own in content["runs"].values():
-        assert set(own) <= {"published", *ARGUMENTS, *GROUPS, *METHODS, *ADDONS}
+        assert set(own) <= {"published", "configs", *ARGUMENTS, *GROUPS, *METHODS, *ADDONS}
+        assert set(own.get("configs", {})) <= {*METHODS, *ADDONS}
     assert set(content) <= {*SHARED, *GROUPS, *METHODS, *ADDONS}
     assert set(content["configs"]) <= {*METHODS, *ADDONS}
 
 
-@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SAMC, *FEW_SHOT}))
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SAMC, *FEW_SHOT, *DLCFT}))
 def test_a_preset_is_a_run(name: str) -> None:
     preset = read_preset(name)
     data, scenario, memory = preset.arguments.values()
@@ -136,6 +140,48 @@ def test_the_samc_papers_protocol(name: str) -> None:
     completion = name.rpartition("-")[2]
     known = ("zero", "rule", "autoencoder")
     assert settings.groups["samc"].completion == (completion if completion in known else "both")
+
+
+@pytest.mark.parametrize("name", DLCFT)
+def test_the_dlcft_papers_protocol(name: str) -> None:
+    """Shon et al. (2022), Sec. 4.1, for every method of a run."""
+    preset = read_preset(name)
+    data, scenario, memory = preset.arguments.values()
+    protocol, tasks, changed = re.fullmatch(  # type: ignore[union-attr]
+        r"dlcft/[a-z\d]+-(data|task|class)(\d+)-?(.*)", name
+    ).groups()
+    asked = {"data": "data-{}", "task": "task-{}", "class": "b0-inc{}"}[protocol].format(tasks)
+    assert scenario == asked
+    if protocol != "data":
+        assert split_classes(scenario, CLASSES[data]) == [10] * 10
+    replays = protocol == "class" or changed == "replay"
+    assert memory == ("500 images" if replays else "none")
+    assert preset.pretrained == {"cifar100": "ImageNet32", "mit67": "ImageNet"}[data]
+    check_parts(preset)
+    for method in (figure.method for figure in preset.published):
+        settings = make_settings(method, preset.options_for([method]))
+        network, augment = settings.groups["network"], settings.groups["augment"]
+        assert (network.name, network.width, network.activation) == ("resnet18", 64, "leaky")
+        assert network.stem == ("cifar" if data == "cifar100" else "imagenet")
+        assert network.norms == ("train" if protocol == "class" else "first")
+        made = make_augmentation(augment, augment.size, augment.crop, False)
+        if data == "cifar100":
+            assert made == Augmentation.cifar(brightness=0.0)
+        else:
+            assert made == Augmentation(224, "window", resize=256, brightness=0.0)
+        config = settings.groups[method]
+        heads = protocol == "task" and not replays
+        assert getattr(config, "head", "all") == ("task" if heads else "all")
+        for recipe in [config.recipe] if method == "joint" else [config.first, config.later]:
+            linear = method == "dlcft" and not changed.startswith("softmax")
+            told = ("adam", 1e-4) if linear else ("sgd", 1e-3)
+            assert (recipe.optimizer, recipe.lr, recipe.weight_decay) == (*told, 1e-5)
+            assert linear or recipe.momentum == 0.9
+        if method == "dlcft":
+            curvature = {"kfac": "kfac", "softmax-kfac": "kfac", "diagonal": "diagonal"}
+            assert config.curvature == curvature.get(changed, "tkfac")
+            assert (config.linear, config.loss == "squared") == (linear, linear)
+            assert config.lam == 0.5 and config.alpha == 15.0
 
 
 @pytest.mark.parametrize("name", [name for name in FEW_SHOT if name.startswith("lecnet/")])
@@ -238,6 +284,36 @@ TRANSFERS = [
 ]
 
 
+# Shon et al. (2022), Tables 1, 2, 3, 5 and 6: preset, method, tables, last accuracy, transfer.
+FINETUNING = [
+    ("cifar100-data10", "finetune", "1", 78.74, None),
+    ("cifar100-data10", "osla", "15", 79.23, None),
+    ("cifar100-data10", "dlcft", "135", 82.70, None),
+    ("cifar100-data10-kfac", "dlcft", "135", 81.95, None),
+    ("cifar100-data10-diagonal", "dlcft", "5", 82.17, None),
+    ("cifar100-data10-softmax", "dlcft", "3", 79.58, None),
+    ("cifar100-data100", "mas", "1", 52.50, None),
+    ("cifar100-data100", "joint", "1", 83.57, None),
+    ("cifar100-data100-kfac", "dlcft", "13", 75.92, None),
+    ("cifar100-data100-softmax-kfac", "dlcft", "3", 73.51, None),
+    ("cifar100-task10", "lwf", "26", 92.16, 0.04),
+    ("cifar100-task10", "dlcft", "26", 95.79, -0.58),
+    ("cifar100-task10-replay", "darkpp", "2", 91.56, None),
+    ("cifar100-class10", "dark", "2", 58.07, None),
+    ("cifar100-class10", "dlcft", "23", 59.98, None),
+    ("cifar100-class10-softmax", "dlcft", "3", 44.66, None),
+    ("mit67-data4", "lwf", "1", 67.21, None),
+    ("mit67-data4-kfac", "dlcft", "1", 70.55, None),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "tables", "last", "bwt"), FINETUNING)
+def test_published_finetuning(name, method, tables, last, bwt) -> None:
+    (figure,) = [f for f in read_preset(f"dlcft/{name}").published if f.method == method]
+    assert (figure.average, figure.last, figure.bwt) == (None, last, bwt)
+    assert re.findall(r"\d", figure.source.partition("Table")[2]) == list(tables)
+
+
 @pytest.mark.parametrize(("name", "method", "last", "bwt", "exemplars"), TRANSFERS)
 def test_published_transfers(name, method, last, bwt, exemplars) -> None:
     (figure,) = [f for f in read_preset(name).published if f.method == method]
@@ -262,7 +338,7 @@ def test_published_figures(name: str, method: str, average: float, last: float |
 
 def test_every_cell_of_the_tables_is_there() -> None:
     counts = dict.fromkeys(("Table 1", "Table 2", "Table 4"), 0)
-    for name in {*preset_names()} - {*SAMC, *FEW_SHOT}:
+    for name in {*preset_names()} - {*SAMC, *FEW_SHOT, *DLCFT}:
         for figure in read_preset(name).published:
             for table in counts:
                 counts[table] += figure.source.replace("Tables 1 and 5", "Table 1").endswith(table)
@@ -272,6 +348,18 @@ def test_every_cell_of_the_tables_is_there() -> None:
     # Bai et al. (2023), Table 1: ten methods on three data sets; Table 2: three more rows.
     assert sum(figure.bwt is not None for figure in figures) == 3 * 10 + 3 * 3
     assert sum(figure.exemplars is not None for figure in figures) == 10
+    figures = [figure for name in DLCFT for figure in read_preset(name).published]
+    counts = dict.fromkeys("12356", 0)
+    for figure in figures:
+        named = re.fullmatch(r"Shon et al. \(2022\), Tables? (\d[, and\d]*)", figure.source)
+        for table in re.findall(r"\d", named[1]):  # type: ignore[index]
+            counts[table] += 1
+    # Table 1: eight rows in three columns, joint training's figure for both lengths of CIFAR-100;
+    # 2: seven task- and four class-incremental ones; 3: four rows in three; 5: one empty; 6: four.
+    assert counts == {"1": 8 * 3, "2": 7 + 4, "3": 4 * 3, "5": 2 * 3 - 1, "6": 4}
+    assert len(figures) == len({(n, f.method) for n in DLCFT for f in read_preset(n).published})
+    assert sum(figure.bwt is not None for figure in figures) == counts["6"]
+    assert all(figure.last is not None and figure.average is None for figure in figures)
 
 
 def test_methods_take_their_published_configs() -> None:
@@ -357,4 +445,10 @@ def test_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets", "cim/imagenet1000-lfs5-5k"]) == 0
     out = capsys.readouterr().out
     assert "memory: 5000 images" in out and "57.19 / 49.42" in out
+    assert "pre-trained" not in out
+    assert main(["presets", "dlcft/cifar100-task10"]) == 0
+    out = capsys.readouterr().out
+    assert "network.weights: to be passed, pre-trained on ImageNet32" in out
+    assert "dlcft: finetuning-task" in out
+    assert "- / 92.16, BWT 0.04" in out
     assert main(["presets", "cim/imagenet1000"]) == 2 and main(["presets", "a", "b"]) == 2
