@@ -105,45 +105,6 @@ void normalise(std::vector<working_t>& map) {
   for (working_t& value : map) value = constant ? 0 : (value - low) / span;
 }
 
-// Pixels that lie between the same two positions of the map.
-struct Run {
-  int64_t first, last;
-};
-
-// All of them, and the ends of each as taps.
-template <typename working_t>
-struct Runs {
-  Stretch<working_t> stretch;
-  std::vector<Run> runs;
-  std::vector<Tap<working_t>> ends;
-
-  void fit(int64_t positions, int64_t side) {
-    if (positions == stretch.positions && side == stretch.side) return;
-    stretch = Stretch<working_t>(positions, side);
-    runs.clear();
-    ends.clear();
-    int64_t first = 0;
-    for (int64_t k = 1; k <= positions && first < side; ++k) {
-      const int64_t next = k < positions ? start(k) : side;
-      if (next == first) continue;
-      runs.push_back({first, next - 1});
-      ends.push_back(stretch.tap(first));
-      if (next - 1 > first) ends.push_back(stretch.tap(next - 1));
-      first = next;
-    }
-  }
-
- private:
-  // The first pixel at or behind position k.
-  int64_t start(int64_t k) const {
-    const double guess = std::ceil((k + 0.5) / stretch.scale - 0.5);
-    int64_t pixel = std::clamp<int64_t>(static_cast<int64_t>(guess), 0, stretch.side);
-    while (pixel > 0 && stretch.tap(pixel - 1).first >= k) --pixel;
-    while (pixel < stretch.side && stretch.tap(pixel).first < k) ++pixel;
-    return pixel;
-  }
-};
-
 // The first marked pixel, -1 without any.
 template <typename Marked>
 int64_t first_marked(const std::vector<Run>& runs, const Marked& marked) {

@@ -43,10 +43,49 @@ def first_pixel(
 
 
 @triton.jit
+def corner_pixel(
+    index: tl.tensor, positions: tl.tensor, pixels: tl.tensor, scale: tl.tensor, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """The first (even index) and the last pixel (odd) from each position of the map to the next.
+
+    There are ``2 * positions`` of them; where no pixel lies, it is one from beside it.
+    """
+    last = index % 2
+    pixel = first_pixel(index // 2 + last, positions, pixels, scale, DTYPE) - last
+    return tl.minimum(tl.maximum(pixel, 0), pixels - 1)
+
+
+@triton.jit
+def blend(first: tl.tensor, second: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """Between two values, in the numbers of csrc/bilinear.h, whatever the compiler would fuse."""
+    return tl.fma(first, 1.0 - weight, second * weight)
+
+
+@triton.jit
 def across(
     row: tl.tensor, left: tl.tensor, right: tl.tensor, aside: tl.tensor, DTYPE: tl.constexpr
 ) -> tl.tensor:
     """A row of the map, interpolated between positions in it."""
-    first = tl.load(row + left).to(DTYPE)
-    second = tl.load(row + right).to(DTYPE)
-    return first * (1.0 - aside) + second * aside
+    return blend(tl.load(row + left).to(DTYPE), tl.load(row + right).to(DTYPE), aside)
+
+
+@triton.jit
+def upsampled(
+    map_: tl.tensor,
+    y: tl.tensor,
+    x: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    map_height: tl.tensor,
+    map_width: tl.tensor,
+    DTYPE: tl.constexpr,
+) -> tl.tensor:
+    """The map in rows y and columns x of the image, anywhere: [rows, columns]."""
+    scale = divide(map_height.to(DTYPE), height.to(DTYPE))
+    upper, lower, down = taps(y, map_height, scale, DTYPE)
+    scale_ = divide(map_width.to(DTYPE), width.to(DTYPE))
+    left, right, aside = taps(x, map_width, scale_, DTYPE)
+    upper, lower, down = upper[:, None] * map_width, lower[:, None] * map_width, down[:, None]
+    left, right, aside = left[None, :], right[None, :], aside[None, :]
+    top = across(map_, upper + left, upper + right, aside, DTYPE)
+    return blend(top, across(map_, lower + left, lower + right, aside, DTYPE), down)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastcil.kernels._bilinear import across, divide, first_pixel, taps
+from fastcil.kernels._bilinear import across, blend, divide, first_pixel, taps, upsampled
 
 _SIZES = ["planes", "height", "vectors", "channels", "map_height", "map_width", "cells", "cells_"]
 _UNALIGNED = ["cam", "sums", "grad_cam"]
@@ -82,28 +82,6 @@ def _weight_down(
     return taps(y, map_height, scale, DTYPE)[2][:, None]
 
 
-@triton.jit
-def _upsampled(
-    cam: tl.tensor,
-    y: tl.tensor,
-    x: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    map_height: tl.tensor,
-    map_width: tl.tensor,
-    DTYPE: tl.constexpr,
-) -> tl.tensor:
-    """The map in rows y and columns x of the image, anywhere: [rows, columns]."""
-    scale = divide(map_height.to(DTYPE), height.to(DTYPE))
-    upper, lower, down = taps(y, map_height, scale, DTYPE)
-    scale_ = divide(map_width.to(DTYPE), width.to(DTYPE))
-    left, right, aside = taps(x, map_width, scale_, DTYPE)
-    upper, lower, down = upper[:, None] * map_width, lower[:, None] * map_width, down[:, None]
-    left, right, aside = left[None, :], right[None, :], aside[None, :]
-    top = across(cam, upper + left, upper + right, aside, DTYPE)
-    return top * (1.0 - down) + across(cam, lower + left, lower + right, aside, DTYPE) * down
-
-
 @_jit
 def compose_kernel(
     composed: tl.tensor,
@@ -139,7 +117,7 @@ def compose_kernel(
         y = (first + tl.arange(0, ROWS)).to(INDEX)
         mask = (y < stop)[:, None] & (k < length)[None, :]
         down = _weight_down(y, height, map_height, DTYPE)
-        weight = top[None, :] * (1.0 - down) + low[None, :] * down
+        weight = blend(top[None, :], low[None, :], down)
         own = y[:, None] * length + k[None, :]
         shown = _shown(y, cells, height)[:, None] * length + shown_[None, :]
         full = tl.load(images + own, mask=mask, other=0.0).to(DTYPE)
@@ -189,7 +167,7 @@ def backward_kernel(
         y = (first + tl.arange(0, ROWS)).to(INDEX)
         mask = (y < stop)[:, None] & (k < length)[None, :]
         down = _weight_down(y, height, map_height, DTYPE)
-        weight = top[None, :] * (1.0 - down) + low[None, :] * down
+        weight = blend(top[None, :], low[None, :], down)
         own = y[:, None] * length + k[None, :]
         shown = _shown(y, cells, height)[:, None] * length + shown_[None, :]
         g = tl.load(gradient + own, mask=mask, other=0.0).to(DTYPE)
@@ -260,7 +238,7 @@ def _add_passed_on(
     mask = (cell < last_cell)[:, None] & ((k >= start_) & (k < stop_))[None, :]
     own = y[:, None] * length + k[None, :]
     total = tl.load(gradient + own, mask=mask, other=0.0).to(DTYPE)
-    total *= _upsampled(cam, y, x, height, width, map_height, map_width, DTYPE)
+    total *= upsampled(cam, y, x, height, width, map_height, map_width, DTYPE)
     # The rows and columns of a cell's pixels: from the first to the other, exclusive.
     row = (cell * height + cells - 1) // cells
     row_stop = ((cell + 1) * height + cells - 1) // cells
@@ -271,7 +249,7 @@ def _add_passed_on(
             there = mask & (row + i < row_stop)[:, None] & (column + j < column_stop)[None, :]
             at = (row + i)[:, None] * length + ((column + j) * channels + channel)[None, :]
             g = tl.load(gradient + at, mask=there, other=0.0).to(DTYPE)
-            weight = _upsampled(
+            weight = upsampled(
                 cam, row + i, column + j, height, width, map_height, map_width, DTYPE
             )
             total += g * (1.0 - weight)

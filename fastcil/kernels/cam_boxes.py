@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcil.errors import FastcilError
-from fastcil.kernels._bilinear import across, divide, first_pixel, taps
+from fastcil.kernels._bilinear import across, blend, corner_pixel, divide, taps
 from fastcil.kernels._launch import ACCESS_BYTES, dense, launch, power_of_two_divisor
 
 _LONGEST_SIDE = 32767  # what int16 holds
@@ -167,16 +167,13 @@ def _span(
         above = tl.zeros([LINES], tl.int32)
         for first in range(0, 2 * positions, CANDIDATES):
             index = tl.minimum(first + tl.arange(0, CANDIDATES), 2 * positions - 1)
-            last = index % 2
-            pixel = first_pixel(index // 2 + last, positions, pixels, scale, tl.float32) - last
-            pixel = tl.minimum(tl.maximum(pixel, 0), pixels - 1)
+            pixel = corner_pixel(index, positions, pixels, scale, tl.float32)
             left, right, aside = taps(pixel, positions, scale, tl.float32)
             left, right = left[None, :] * step, right[None, :] * step
             aside = aside.to(DTYPE)[None, :]
             top = across(upper, left, right, aside, DTYPE)
             low = across(lower, left, right, aside, DTYPE)
-            value = top * (1.0 - down) + low * down
-            above |= tl.max((value > threshold).to(tl.int32), 1)
+            above |= tl.max((blend(top, low, down) > threshold).to(tl.int32), 1)
         marked = (above > 0) & (line < lines)
         start = tl.minimum(start, tl.where(marked, line, 0x7FFFFFFF))
         stop = tl.maximum(stop, tl.where(marked, line + 1, 0))
