@@ -21,6 +21,7 @@ import bench_input_factor
 import bench_pade
 import bench_penalty
 import bench_read
+import bench_salient_masks
 import bench_soft_compose
 import torch
 from clocks import in_graph
@@ -135,6 +136,13 @@ def make_cam_boxes(dtype: torch.dtype, name: str, full: bool) -> Step:
         bench_cam_boxes.check(name, find, few)
     step = partial(find, features, weights, side)
     return in_graph(step) if full and name != "loop" else step
+
+
+def make_salient_masks(form: bench_salient_masks.Form, name: str, full: bool) -> Step:
+    work = bench_salient_masks.make_work(form, full, place(full))
+    if name == "copy":
+        return copy(nbytes(work.maps) + form.images * work.side**2, place(full))
+    return bench_salient_masks.make_step(name, work)
 
 
 def make_soft_compose(form: bench_soft_compose.Form, name: str, full: bool) -> Step:
@@ -252,6 +260,19 @@ CASES = [
             most_ms=0.012,
         )
         for dtype in SHORT
+    ),
+    *(
+        case(
+            "salient_masks",
+            str(form),
+            ("copy", "eager", "compiled"),
+            partial(make_salient_masks, form),
+            aims={"eager": 4},
+        )
+        for form in (
+            bench_salient_masks.Form(8000, 7, 224),
+            bench_salient_masks.Form(100_000, 4, 32),
+        )
     ),
     *(
         case(

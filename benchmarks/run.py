@@ -28,6 +28,7 @@ import bench_pade
 import bench_penalty
 import bench_read
 import bench_reconstruct
+import bench_salient_masks
 import bench_soft_compose
 import bench_symbol_coder
 import gpu_cases
@@ -43,6 +44,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MODULES = (
     bench_pade,
     bench_cam_boxes,
+    bench_salient_masks,
     bench_soft_compose,
     bench_read,
     bench_reconstruct,

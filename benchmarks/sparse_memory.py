@@ -26,9 +26,9 @@ from fastcil.engine.environment import environment
 from fastcil.engine.preset_files import read_preset
 from fastcil.engine.scenario import make_scenario, pick
 from fastcil.engine.state import write_atomically
-from fastcil.memory.codecs.sparse import salient_pixels
 from fastcil.memory.codecs.sparse_store import form_nbytes
 from fastcil.nn import GradCAM
+from fastcil.ops import salient_masks
 
 THRESHOLDS = tuple(tenth / 10 for tenth in range(10))
 PUBLISHED = (10, 11.4, 12.9, 15.8, 18.6, 22.2, 30.2, 43.5, 71.2, 112.5)
@@ -89,7 +89,7 @@ def measure(dataset: Dataset, tasks: int, seed: int) -> dict[float, Room]:
         maps = _saliency(learner, task)
         sizes = task.examples.images.sizes
         for threshold, room in rooms.items():
-            room.add(salient_pixels(maps, sizes, threshold), sizes)
+            room.add(salient_masks(maps, sizes, threshold), sizes)
         print(f"task {number + 1} of {tasks}", flush=True)
     return rooms
 

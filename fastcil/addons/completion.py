@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from fastcil.contract import Batch, Losses, Recipe, Retained, Stage, Stream, evaluating
 from fastcil.data import ImageStore
-from fastcil.memory.codecs.completion import by_size
 from fastcil.nn import CompletionAutoencoder
 from fastcil.nn.same_kernels import same_kernels
 from fastcil.ops import send
+from fastcil.ops._sizes import by_size
 
 
 class Completion(nn.Module):

@@ -16,8 +16,8 @@ from fastcil.addons.exemplar_pictures import scaled, side_by_side
 from fastcil.contract import Context, Record, Task
 from fastcil.data import Examples, ImageStore
 from fastcil.data.ranks import rank_in_class
-from fastcil.memory.codecs.sparse import salient_pixels
 from fastcil.memory.codecs.sparse_store import form_nbytes
+from fastcil.ops import salient_masks
 
 _GREY = 128
 _AT_ONCE = 16
@@ -153,7 +153,7 @@ class _Salient:
         alike = (examples.images.sizes == size).all(1).cpu() & (examples.labels == label).cpu()
         index = alike.nonzero().flatten()
         images = examples.images.select(index.to(examples.images.device)).to("cpu").reconstruct()
-        keep = salient_pixels(maps[index.to(maps.device)].cpu(), images.sizes, threshold)
+        keep = salient_masks(maps[index.to(maps.device)].cpu(), images.sizes, threshold)
         places = keep.nonzero().flatten()
         places = places[:: 1 + len(places) // _COMPARED]
         area = height * width

@@ -36,8 +36,8 @@ from fastcil.contract import (
 from fastcil.data import Examples, ImageStore, read_images
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import Codec, make_codec
-from fastcil.memory.codecs.sparse import salient_pixels
 from fastcil.nn import GradCAM
+from fastcil.ops import salient_masks
 
 _FIRST = Recipe(
     epochs=30, lr=5e-3, schedule="cosine", optimizer="adam", weight_decay=0.0, batch_size=16
@@ -304,7 +304,7 @@ class SAMC(Addon):
         originals = task.examples.select(found.to(task.examples.labels.device))
         images = task.exemplars.images.select(places.to(task.exemplars.images.device))
         maps = maps[found.to(maps.device)]
-        masks = salient_pixels(maps, originals.images.sizes, threshold)
+        masks = salient_masks(maps, originals.images.sizes, threshold)
         return Completed.of(originals, images, maps, masks, exact=self.config.paste)
 
     def retained(self) -> list[Retained]:

@@ -14,6 +14,7 @@ from fastcil.ops.read import read as read
 from fastcil.ops.read_batch import normalise as normalise
 from fastcil.ops.read_batch import read_batch as read_batch
 from fastcil.ops.reconstruct import reconstruct as reconstruct
+from fastcil.ops.salient_masks import salient_masks as salient_masks
 from fastcil.ops.soft_compose import soft_compose as soft_compose
 from fastcil.ops.spectral_gram import spectral_gram_ as spectral_gram_
 from fastcil.ops.transfer import send as send

@@ -10,11 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcil.errors import FastcilError
 from fastcil.ops._library import define
+from fastcil.ops._sizes import largest_sides, size_rows
 from fastcil.ops.cam import cam, check_maps
-
-_LONGEST_SIDE = 32767  # what int16 holds
 
 
 def _taps(positions: int, sides: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -83,15 +81,7 @@ def _cam_boxes(
 ) -> tuple[Tensor, Tensor]:
     """Reference of the op."""
     maps = cam(features, class_weights)  # [B, h, w]
-    # One more row, so that an empty batch has a largest side too.
-    sides = torch.cat([sizes, sizes.new_ones(1, 2)])
-    largest_height, largest_width = sides.amax(0).tolist()
-    smallest = int(sizes.amin()) if len(sizes) else 1
-    if smallest < 1 or max(largest_height, largest_width) > _LONGEST_SIDE:
-        raise FastcilError(
-            f"sizes holds sides from {smallest} to {max(largest_height, largest_width)}; a side "
-            f"must be 1 to {_LONGEST_SIDE} pixels long."
-        )
+    largest_height, largest_width = largest_sides(sizes)
     height, width = sizes.to(maps.device).unbind(1)
     rows, columns = (height, largest_height), (width, largest_width)
     y0, y1 = _span(maps.mT, rows, columns, threshold)
@@ -158,15 +148,6 @@ def cam_boxes(
         ([[2, 7, 4, 8]], [True])
     """
     check_maps(features, class_weights)
-    batch = len(features)
-    if not isinstance(sizes, Tensor):
-        sizes = torch.tensor(sizes, dtype=torch.int64).expand(batch, -1)
-    if sizes.shape != (batch, 2) or sizes.is_floating_point() or sizes.dtype == torch.bool:
-        raise FastcilError(
-            f"sizes is {sizes.dtype} of shape {tuple(sizes.shape)}; it must be one (height, width) "
-            f"or integers of shape {(batch, 2)}."
-        )
-    boxes, valid = torch.ops.fastcil.cam_boxes(
-        features, class_weights, sizes.to(torch.int64), float(threshold)
-    )
+    rows = size_rows(sizes, len(features))
+    boxes, valid = torch.ops.fastcil.cam_boxes(features, class_weights, rows, float(threshold))
     return boxes, valid

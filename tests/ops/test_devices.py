@@ -197,6 +197,27 @@ def test_cam_boxes(shape, layout, dtype, device):
     assert decided > len(sizes) // 2
 
 
+@device_of_test
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("shape", [(5, 7, 7), (4, 33, 40), (3, 1, 5)], ids=str)
+def test_salient_masks(shape, layout, dtype, device):
+    maps = LAYOUTS[layout](normal(*shape, seed=0).to(device, dtype))
+    maps[1] = 0.3  # says nothing
+    sizes = torch.tensor([[224, 224], [31, 190], [7, 9], [3, 2], [500, 375]])[: len(maps)]
+    masks, again = (ops.salient_masks(maps, sizes.to(device), 0.6) for _ in range(2))
+    assert torch.equal(masks, again)
+    parts = masks.cpu().split(sizes.prod(1).tolist())
+    assert bool(parts[1].all())
+    for k in {*range(len(maps))} - {1}:
+        full = maps[k, None, None].cpu().double()
+        full = functional.interpolate(full, tuple(sizes[k].tolist()), mode="bilinear").flatten()
+        above = full - full.amin() - 0.6 * (full.amax() - full.amin())
+        clear = above.abs() > 1e-5
+        assert torch.equal(parts[k][clear], (above > 0)[clear])
+        assert float(clear.double().mean()) > 0.99
+
+
 def composed(images, map_, ratio):
     """The definition."""
     shown = []

@@ -6,18 +6,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastcil.data import ImageStore
 from fastcil.errors import FastcilError
 from fastcil.memory.codecs.codec import Codec
-from fastcil.memory.codecs.completion import Rule, by_size, check_rule, complete
+from fastcil.memory.codecs.completion import Rule, check_rule, complete
 from fastcil.memory.codecs.sparse_store import SparseStore
+from fastcil.ops import salient_masks
+from fastcil.ops.salient_masks import check_threshold
 
 Refine = Callable[[ImageStore, Tensor], ImageStore]
 """Completed images, and where their pixels were kept (bool [sum of H W]) -> better ones."""
-
-_ROUNDING = 2.0**-20  # of what a constant map's enlarged values come to differ by, relatively
 
 
 class SparseCodec(Codec[SparseStore]):
@@ -75,7 +74,7 @@ class SparseCodec(Codec[SparseStore]):
         self.refine = refine
 
     def encode(self, images: ImageStore, marks: Tensor | None) -> SparseStore:
-        """The salient pixels of each image, by `salient_pixels`.
+        """The salient pixels of each image, by `fastcil.ops.salient_masks`.
 
         Raises:
             FastcilError: No maps, or not one for each image.
@@ -85,7 +84,7 @@ class SparseCodec(Codec[SparseStore]):
                 "marks is None, but the codec 'sparse' keeps the salient pixels of every image; "
                 "add the addon that finds them ('samc'), or use codec='raw'."
             )
-        keep = salient_pixels(marks.to(images.device), images.sizes, self.threshold)
+        keep = salient_masks(marks.to(images.device), images.sizes, self.threshold)
         return SparseStore.from_masks(images, keep)
 
     def decode(self, encoded: SparseStore) -> ImageStore:
@@ -115,69 +114,3 @@ class SparseCodec(Codec[SparseStore]):
         The paper counts the kept scalars; coordinates are free.
         """
         return encoded.kept().double() / encoded.sizes.double().prod(1)
-
-
-def salient_pixels(maps: Tensor, sizes: Tensor, threshold: float) -> Tensor:
-    r"""1{M > mu}, which pixels of each image are kept (Bai et al. 2023, Eq. 4.4).
-
-    M is the map enlarged to the image's own size (App. D, Eq. D.3; bilinear, half-pixel centres,
-    align_corners=False, as `fastcil.ops.cam_boxes` does it) and then scaled to [0, 1], as the
-    released code does it. Scaled before, it would fall short of 1: the peak of a small map lies
-    between pixels when it is enlarged.
-
-    A map that says nothing, being constant but for rounding or not finite, keeps every pixel:
-    released, a map of zeros becomes NaN when it is scaled, and nothing is dropped. So does a
-    threshold of 0.
-
-    Args:
-        maps: Of any range.  # float [N, h, w]
-        sizes: Heights and widths.  # int64 [N, 2]
-        threshold: mu, from 0 to below 1.
-
-    Returns:
-        True where a pixel is kept, bool [sum of H W], row-major, image after image.
-
-    Raises:
-        FastcilError: Maps of another shape or that are no floating-point numbers; a threshold
-            outside [0, 1).
-
-    Example:
-        >>> maps = torch.tensor([[[0.0, 1.0]]])
-        >>> salient_pixels(maps, torch.tensor([[1, 4]]), 0.5).tolist()
-        [False, False, True, True]
-    """
-    check_threshold("threshold", threshold)
-    if not maps.is_floating_point() or maps.ndim != 3 or len(maps) != len(sizes):
-        raise FastcilError(
-            f"maps is {maps.dtype} of shape {tuple(maps.shape)}; it must be one map for each "
-            f"image, float32 [{len(sizes)}, h, w]."
-        )
-    keep = torch.ones(int(sizes.prod(1).sum()), dtype=torch.bool, device=maps.device)
-    if threshold == 0 or not len(maps):
-        return keep
-    if not maps[0].numel():
-        raise FastcilError(f"maps has shape {tuple(maps.shape)}; h and w must be at least 1.")
-    sizes = sizes.to(maps.device)
-    for rows, index, height, width in by_size(sizes):
-        group = maps[rows, None].float()
-        enlarged = F.interpolate(group, size=(height, width), mode="bilinear").flatten(1)
-        low, high = (bound[:, None] for bound in enlarged.aminmax(dim=1))
-        # NaN and infinity fail the comparison: inf - inf is NaN.
-        rounding = _ROUNDING * torch.maximum(low.abs(), high.abs())
-        speaks = (high - low > rounding) & (high - low < float("inf"))
-        keep[index] = (enlarged - low > threshold * (high - low)) | ~speaks
-    return keep
-
-
-def check_threshold(name: str, value: object) -> None:
-    """Raises unless ``value`` is a saliency that some pixels can be above.
-
-    Example:
-        >>> check_threshold("threshold", 0.6)
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 <= value < 1):  # type: ignore[operator]
-        raise FastcilError(
-            f"{name} is {value!r}; it must lie from 0 (keep every pixel) to below 1, and is 0.6 or "
-            f"0.7 in the paper."
-        )

@@ -8,16 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import arrays, buffers_nbytes, embed, stream
-from torch.nn import functional as F
 
 from fastcil.data import ImageStore
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget, Memory, make_codec
 from fastcil.memory.codecs.completion import complete
 from fastcil.memory.codecs.masks import FORMS
-from fastcil.memory.codecs.sparse import SparseCodec, salient_pixels
+from fastcil.memory.codecs.sparse import SparseCodec
 from fastcil.memory.codecs.sparse_store import SparseStore, form_nbytes, stretches
-from fastcil.ops import cam_boxes
+from fastcil.ops import salient_masks
 
 SIZES = [(1, 1), (1, 9), (7, 1), (5, 7), (32, 32), (9, 31), (300, 2), (2, 700), (32, 32)]
 
@@ -108,17 +107,12 @@ def test_long_stores_are_handled_in_stretches(monkeypatch):
     images, masks = pictures(SIZES), drawn(SIZES)
     whole = made(images, masks)
     monkeypatch.setattr(stretches, "__defaults__", (40,))
-    monkeypatch.setattr("fastcil.memory.codecs.completion._TOGETHER", 40)
     parts = made(images, masks)
     assert len(list(stretches(parts.sizes.prod(1)))) > 3
     assert same(parts, whole) and torch.equal(parts.masks(), flat(masks))
     assert torch.equal(parts.images().pixels, whole.images().pixels)
     for name, each in form_nbytes(flat(masks), parts.sizes).items():
         assert len(each) == len(SIZES), name
-    maps = torch.rand(len(SIZES), 3, 3)
-    keep = salient_pixels(maps, whole.sizes, 0.5)
-    monkeypatch.undo()
-    assert torch.equal(keep, salient_pixels(maps, whole.sizes, 0.5))
 
 
 @pytest.mark.parametrize("index", [[], [2], [4, 0, 2], [3, 3], torch.arange(len(SIZES)) % 2 == 0])
@@ -198,61 +192,13 @@ def test_buffers_are_checked():
         form_nbytes(store.masks().float(), store.sizes)
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.8])
-@pytest.mark.parametrize("cells", [(4, 4), (2, 3), (7, 1), (40, 40)])
-def test_pixels_above_the_threshold_are_kept(threshold, cells):
-    maps = torch.rand(len(SIZES), *cells, generator=torch.Generator().manual_seed(3))
-    keep = salient_pixels(maps, torch.tensor(SIZES), threshold)
-    split = keep.split([h * w for h, w in SIZES])
-    for mask, size, scores in zip(split, SIZES, maps, strict=True):
-        enlarged = F.interpolate(scores[None, None], size=size, mode="bilinear").flatten()
-        low, high = enlarged.aminmax()
-        expected = (enlarged - low) / (high - low) > threshold
-        assert torch.equal(mask, expected if high - low > 1e-5 else torch.ones_like(expected))
-        # Whatever range the map has itself.
-        size = torch.tensor([size])
-        assert torch.equal(salient_pixels(8 * scores[None] - 4, size, threshold), mask)
-
-
-def test_masks_fill_the_boxes_of_cam_boxes():
-    features = torch.rand(6, 1, 5, 4, generator=torch.Generator().manual_seed(4))
-    low, high = features.flatten(1).aminmax(dim=1)
-    maps = (features[:, 0] - low[:, None, None]) / (high - low)[:, None, None]
-    boxes, valid = cam_boxes(features, torch.ones(6, 1), (37, 50), 0.6)
-    assert bool(valid.all())
-    for scores, (y0, x0, y1, x1) in zip(maps, boxes.tolist(), strict=True):
-        # Boxes are of the map as it was scaled before it was enlarged.
-        low, high = F.interpolate(scores[None, None], size=(37, 50), mode="bilinear").aminmax()
-        threshold = float((0.6 - low) / (high - low))
-        mask = salient_pixels(scores[None], torch.tensor([[37, 50]]), threshold).view(37, 50)
-        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-        assert [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1] == [y0, x0, y1, x1]
-
-
-def test_maps_that_say_nothing_keep_everything():
-    ones = torch.ones(2, 3)
-    nan, infinite = torch.eye(2, 3), torch.eye(2, 3)
-    nan[0, 1], infinite[0, 1] = float("nan"), float("inf")
-    maps = torch.stack([ones * 0, ones * 0.1, ones * 0.9, nan, infinite, torch.eye(2, 3)])
-    keep = salient_pixels(maps, torch.tensor([[11, 13]] * 6), 0.6).view(6, -1)
-    assert keep.all(1).tolist() == [True] * 5 + [False]
-    assert bool(salient_pixels(maps, torch.tensor([[11, 13]] * 6), 0.0).all())
-
-
-def test_a_peak_between_pixels_is_kept():
-    maps = torch.zeros(1, 4, 4)
-    maps[0, 1, 2] = 1.0  # at 0.879 when enlarged to 32 x 32
-    keep = salient_pixels(maps, torch.tensor([[32, 32]]), 0.9).view(32, 32)
-    assert keep.nonzero().tolist() == [[11, 19], [11, 20], [12, 19], [12, 20]]
-
-
 @pytest.mark.parametrize("rule", ["zero", "telea", "navier-stokes", "diffusion"])
 def test_the_codec_completes_what_it_kept(rule):
     images = pictures(SIZES)
     store, maps = ImageStore.from_images(images), torch.rand(len(SIZES), 4, 4)
     codec = make_codec("sparse", threshold=0.5, rule=rule, radius=2.0)
     kept = codec.encode(store, maps)
-    masks = salient_pixels(maps, store.sizes, 0.5)
+    masks = salient_masks(maps, store.sizes, 0.5)
     seen = codec.decode(kept)
     assert torch.equal(seen.pixels, complete(store, masks, rule, 2.0).pixels)
     known = masks.repeat_interleave(3)
