@@ -8,14 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastcil.addons.completed import Completed, first_of_each, pair_up
 from fastcil.addons.completion import Completion
-from fastcil.addons.completion_records import (
-    Completed,
-    CompletionRecords,
-    first_of_each,
-    output_errors,
-    pair_up,
-)
+from fastcil.addons.completion_records import CompletionRecords, output_errors
 from fastcil.addons.compression import check_exemplars, check_network
 from fastcil.addons.transfer_records import Transfer
 from fastcil.contract import (

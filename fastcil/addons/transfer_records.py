@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcil.addons.completion_records import Completed
+from fastcil.addons.completed import Completed
 from fastcil.contract import Batch, Context, Record, Retained, Stage, Task, evaluating, total
 from fastcil.curvature.anchor import draws
 from fastcil.data import Examples, ImageStore

@@ -11,8 +11,9 @@ import torch
 from backbones import ConvNet
 from torch.nn import functional as F
 
+from fastcil.addons.completed import first_of_each, pair_up
 from fastcil.addons.completion import Completion
-from fastcil.addons.completion_records import first_of_each, output_errors, pair_up
+from fastcil.addons.completion_records import output_errors
 from fastcil.addons.samc import SAMC
 from fastcil.contract import Recipe, Task, evaluating
 from fastcil.data import Augmentation, Examples, ImageStore

@@ -9,7 +9,7 @@ import torch
 from backbones import ConvNet
 
 from fastcil import Learner
-from fastcil.addons.completion_records import first_of_each
+from fastcil.addons.completed import first_of_each
 from fastcil.contract import Task
 
 OPTIONS = {
