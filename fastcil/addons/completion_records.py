@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isnan
 from typing import Any
 
 import cv2
@@ -89,6 +90,10 @@ class CompletionRecords(nn.Module):
     Attributes:
         errors: For each task measured, the means of `output_errors`, and the shares of exemplars
             whose error is within the second and the third, float64 [T, 6], the task first.
+            Exemplars kept whole are left out: their error and its bounds are 0.
+        whole: For each, the share of exemplars kept whole, float64 [T, 2], the task first.
+        flat: For each task, the share of its images whose saliency map has no contrast, so that
+            they are kept whole, float64 [T, 2], the task first.
         taken: For each, exemplars of a class, and of a raw image's bytes what the pixels kept, and
             with them the mask in each form, take, float64 [T, 7], the task first.
         holes: For each, the mean squared error of dropped pixels, of values from 0 to 1, as the
@@ -96,6 +101,8 @@ class CompletionRecords(nn.Module):
     """
 
     errors: Tensor
+    flat: Tensor
+    whole: Tensor
     taken: Tensor
     holes: Tensor
 
@@ -103,8 +110,16 @@ class CompletionRecords(nn.Module):
         super().__init__()
         self.register_buffer("holes", torch.empty(0, 3, dtype=torch.float64))
         self.register_buffer("errors", torch.empty(0, 6, dtype=torch.float64))
+        for name in ("flat", "whole"):
+            self.register_buffer(name, torch.empty(0, 2, dtype=torch.float64))
         self.register_buffer("taken", torch.empty(0, 7, dtype=torch.float64))
         self._pictures: Record | None = None
+
+    def see(self, task: Task, maps: Tensor) -> None:
+        """Adds how many of a task's saliency maps, float32 [N, h, w], are one number everywhere."""
+        low, high = maps.flatten(1).aminmax(dim=1)
+        share = (~(high > low)).double().mean()  # NaN is no contrast
+        self.flat = _append(self.flat, task.index, share[None])
 
     def note(
         self, task: Task, shown: Completed, filled: ImageStore, errors: Tensor, pictures: int
@@ -118,14 +133,18 @@ class CompletionRecords(nn.Module):
             errors: Their `output_errors`, float64 [N, 3].
             pictures: How many of them to show.
         """
-        within = (errors[:, :1] <= errors[:, 1:]).double()
-        row = torch.cat([errors.mean(0), within.mean(0)])
-        self.errors = _append(self.errors, task.index, row)
         sizes = shown.originals.images.sizes
         nbytes = form_nbytes(shown.masks, sizes)
         raw = nbytes["raw"].double()
         image = torch.arange(len(shown)).to(sizes.device).repeat_interleave(sizes.prod(1))
         kept = raw.new_zeros(len(shown)).index_add_(0, image, shown.masks.to(raw))
+        whole = (kept == sizes.prod(1)).to(errors.device)
+        # Their error and its bounds are 0, or tell of the autoencoder alone.
+        counted = errors[~whole]
+        within = (counted[:, :1] <= counted[:, 1:]).double()
+        row = torch.cat([counted.mean(0), within.mean(0)])
+        self.errors = _append(self.errors, task.index, row)
+        self.whole = _append(self.whole, task.index, whole.double().mean()[None])
         shares = [(3 * kept / raw).mean(), *((nbytes[form] / raw).mean() for form in _FORMS)]
         held = len(task.exemplars) / task.total
         self.taken = _append(self.taken, task.index, torch.stack([raw.new_tensor(held), *shares]))
@@ -140,32 +159,34 @@ class CompletionRecords(nn.Module):
         Args:
             threshold: mu, for the title.
         """
+        flat = self._flat_record()
         if not len(self.taken):
-            return []
+            return flat
         tasks, held, kept, *forms = (column.tolist() for column in self.taken.cpu().T)
         x = [int(task) + 1 for task in tasks]
         numbers = {"exemplars of a class": held}
         shares = {"pixels kept": kept}
         shares |= {f"with their mask: {n}": f for n, f in zip(_FORMS, forms, strict=True)}
         figures = {**_LEMMA}
+        whole = {task: f"{100 * share:.0f} %" for task, share in self.whole.tolist()}
         table = [
             [
                 int(row[0]) + 1,
-                *(f"{v:.4g}" for v in row[1:4]),
-                *(f"{100 * v:.0f} %" for v in row[4:]),
+                *("none" if isnan(v) else f"{v:.4g}" for v in row[1:4]),
+                *("none" if isnan(v) else f"{100 * v:.0f} %" for v in row[4:]),
+                whole.get(row[0], "counted"),  # by an earlier version
             ]
             for row in self.errors.tolist()
         ]
-        found = self.errors.cpu().T[1:4].tolist()
+        found = [_drawn(column) for column in self.errors.cpu().T[1:4].tolist()]
         records = [
             _curve("Images of a class, pixels dropped", x, numbers, "images"),
             _curve(f"Of an exemplar's raw bytes, mu = {threshold:g}", x, shares, "share"),
             _curve(
                 "Dropped pixels",
                 x,
-                # JSON has no NaN.
                 {
-                    name: [None if error != error else error for error in errors]
+                    name: _drawn(errors)
                     for name, errors in zip(
                         _COMPLETED, self.holes.cpu().T[1:].tolist(), strict=True
                     )
@@ -176,18 +197,27 @@ class CompletionRecords(nn.Module):
                 "Lemma 4.2: change of an exemplar's score by completion",
                 x,
                 dict(zip(figures.values(), found, strict=True)),
-                "score, mean over exemplars",
+                "score, mean over exemplars not kept whole",
             ),
             Record(
                 "table",
                 "Lemma 4.2, with the proof's square root of d (Eq. 4.11 prints d to the -2)",
                 {
-                    "columns": ["task", *figures.values(), "within first order", "within bound"],
+                    "columns": ["task", *figures.values(), *_SHARES],
                     "rows": table,
                 },
             ),
+            *flat,
         ]
         return records if self._pictures is None else [*records, self._pictures]
+
+    def _flat_record(self) -> list[Record]:
+        """The curve of `flat`, if there is one."""
+        if not len(self.flat):
+            return []
+        tasks, shares = self.flat.cpu().T.tolist()
+        x, y = [int(task) + 1 for task in tasks], {"of the task's images": shares}
+        return [_curve("Images kept whole: saliency without contrast", x, y, "share")]
 
 
 _LEMMA = {
@@ -195,6 +225,7 @@ _LEMMA = {
     "first": "first order: ‖dy/dx‖ ‖x~ - x‖",
     "bound": "bound: mu Δx √d",
 }
+_SHARES = ("within first order", "within bound", "kept whole: left out")
 
 
 def completion_pictures(title: str, shown: Completed, count: int) -> Record:
@@ -245,6 +276,11 @@ def _append(held: Tensor, task: int, row: Tensor) -> Tensor:
     """One more row, the task in front."""
     row = torch.cat([row.new_tensor([task]), row])
     return torch.cat([held, row[None].to(held)])
+
+
+def _drawn(values: list[float]) -> list[float | None]:
+    """Values of a line, which is broken where there is none: JSON has no NaN."""
+    return [None if isnan(value) else value for value in values]
 
 
 def _curve(title: str, x: list[int], y: dict[str, Any], ylabel: str) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -41,6 +42,8 @@ _LATER = Recipe(
     epochs=1, lr=5e-4, schedule="constant", optimizer="adam", weight_decay=0.0, batch_size=16
 )
 _PICTURES = 4
+# Buffers that were added when learners had been saved without them.
+_ADDED = ("figures.flat", "figures.whole")
 
 
 class SAMC(Addon):
@@ -275,6 +278,7 @@ class SAMC(Addon):
         maps, self._maps = self._maps, None
         if maps is None:
             return
+        self.figures.see(task, maps)
         shown = self._some(task, maps)
         if not len(shown):
             return
@@ -306,6 +310,12 @@ class SAMC(Addon):
         """The autoencoder, and for an analysis the originals."""
         held = [part.retained() for part in (self.completion, self.transfer) if part is not None]
         return [entry for entry in held if entry.nbytes]
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts saved values back; learners from before there were some figures have none."""
+        own = self.tensors()
+        later = {name: own[name][:0] for name in _ADDED if name in own}
+        super().load_tensors({**later, **tensors})
 
     def records(self) -> list[Record]:
         """Figures of all tasks, pictures of the last one's exemplars."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from backbones import ConvNet
 from torch.nn import functional as F
 
-from fastcil.addons.completed import first_of_each, pair_up
+from fastcil.addons.completed import Completed, first_of_each, pair_up
 from fastcil.addons.completion import Completion
 from fastcil.addons.completion_records import output_errors
 from fastcil.addons.samc import SAMC
@@ -21,6 +22,7 @@ from fastcil.engine.context import EngineContext
 from fastcil.engine.trainer import Trainer
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import make_codec
+from fastcil.memory.codecs.sparse import salient_pixels
 from fastcil.methods.er import ExperienceReplay
 from fastcil.nn import GradCAM
 
@@ -287,6 +289,53 @@ def test_errors_are_those_of_the_lemma():
                 0.6 * float((y - x).detach().abs().max()) * (3 * 16 * 16) ** 0.5,
             ]
             np.testing.assert_allclose(found[place].numpy(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [[0, 3, 6, 9], [], list(range(12))])
+def test_exemplars_kept_whole_prove_nothing(flat):
+    """Their error of 0 is within a bound of 0."""
+    task = make_task(sides=(16,))
+    _, addon = compose(task, completion="rule", threshold=0.5)
+    maps = addon.marks(task.examples).clone()
+    assert bool((maps.amax((1, 2)) > maps.amin((1, 2))).all())
+    maps[flat] = 0.7
+    completed = addon._completed(task.examples.images, maps)
+    masks = salient_pixels(maps, task.examples.images.sizes, 0.5)
+    shown = Completed.of(task.examples, completed, maps, masks, exact=True)
+    errors = torch.rand(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors[flat] = 0
+    after = dataclasses.replace(task, exemplars=Examples(completed, task.examples.labels))
+    addon.figures.see(task, maps)
+    addon.figures.note(after, shown, completed, errors, 2)
+
+    records = {record.title: record.payload for record in addon.records()}
+    json.dumps([p for p in records.values() if "images" not in p], allow_nan=False)
+    share = records["Images kept whole: saliency without contrast"]["y"]["of the task's images"]
+    assert share == [pytest.approx(len(flat) / 12)]
+    (row,) = next(p for title, p in records.items() if title.startswith("Lemma 4.2, with"))["rows"]
+    counted = [values for place, values in enumerate(errors.tolist()) if place not in flat]
+    curve = next(p for title, p in records.items() if title.startswith("Lemma 4.2: "))["y"]
+    assert row[-1] == f"{100 * len(flat) / 12:.0f} %"
+    if not counted:
+        assert row[1:-1] == ["none"] * 5 and list(curve.values()) == [[None]] * 3
+        return
+    means = [sum(column) / len(counted) for column in zip(*counted, strict=True)]
+    within = [sum(v[0] <= v[k] for v in counted) / len(counted) for k in (1, 2)]
+    assert row[1:4] == [f"{mean:.4g}" for mean in means]
+    assert row[4:6] == [f"{100 * share:.0f} %" for share in within]
+    assert [value for (value,) in curve.values()] == pytest.approx(means)
+
+
+def test_maps_without_contrast_are_counted_where_exemplars_are_marked():
+    task = make_task()
+    _, addon = compose(task)
+    maps = addon.marks(task.examples)
+    maps[:3], maps[3] = 0.0, torch.nan  # as a head that sees nothing in these leaves them
+    addon.end_task(task)
+    assert addon.figures.flat.tolist() == [[0, pytest.approx(4 / 12)]]
+    assert [record.title for record in addon.records()] == [
+        "Images kept whole: saliency without contrast"
+    ]
 
 
 @pytest.mark.parametrize(

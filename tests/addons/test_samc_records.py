@@ -64,6 +64,10 @@ def test_records_of_a_run():
     assert held[-1] == len(learner.memory) / 6 > 2
     table = records[next(t for t in records if t.startswith("Lemma 4.2, with"))].payload
     assert [row[0] for row in table["rows"]] == [1, 2, 3]
+    assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    flat = records["Images kept whole: saliency without contrast"].payload
+    assert flat["x"] == [1, 2, 3]
+    assert all(0 <= share < 1 for share in flat["y"]["of the task's images"])
     assert "originals of exemplars" not in learner.nbytes()
 
 
@@ -135,3 +139,18 @@ def test_a_saved_learner_completes_as_before(tmp_path):
     assert torch.equal(
         again.memory.examples().images.pixels, learner.memory.examples().images.pixels
     )
+
+
+def test_a_learner_saved_before_some_figures_were_goes_on():
+    learner = learn({}, tasks=1)
+    (addon,) = learner.parts.addons
+    saved = {k: v for k, v in addon.tensors().items() if k not in ("figures.flat", "figures.whole")}
+    assert len(saved) == len(addon.tensors()) - 2
+    addon.load_tensors(saved)
+    assert len(addon.figures.flat) == len(addon.figures.whole) == 0
+    learner.learn({f"1-{k}": draw(10, k) for k in range(2)})
+    records = records_of(learner)
+    table = records[next(t for t in records if t.startswith("Lemma 4.2, with"))].payload
+    assert [row[0] for row in table["rows"]] == [1, 2]
+    assert table["rows"][0][-1] == "counted" and table["rows"][1][-1].endswith("%")
+    assert records["Images kept whole: saliency without contrast"].payload["x"] == [2]
