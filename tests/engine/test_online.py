@@ -18,8 +18,10 @@ from fastcil.contract import Recipe, Stage, Stream, Task
 from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine.online import see_once, taken
 from fastcil.engine.plan import make_plan
+from fastcil.engine.preset_files import read_preset
 from fastcil.engine.rehearsal import rehearse
 from fastcil.engine.seed_run import SeedRun
+from fastcil.engine.state import load_state
 from fastcil.engine.trainer import Trainer
 
 OPTIONS = {
@@ -176,29 +178,60 @@ def test_seeing_images_once_is_another_run(tmp_path: Path) -> None:
         run(scenario=streams[0], run_dir=tmp_path, **{"engine.epoch_scale": 0.01})
 
 
-@pytest.mark.parametrize("method", ["icarl", "der+cim", "icarl+mnemonics", "gem+samc"])
-def test_stopped_again_and_again_ends_in_the_same_bits(
-    method, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, assert_same
-) -> None:
-    whole = run(method, run_dir=tmp_path / "whole")
-    save, sittings = SeedRun._save_between_steps, [0]
-    steps = 0
+def stopped_run(
+    monkeypatch: pytest.MonkeyPatch, every: int, **arguments: Any
+) -> tuple[Result, list[int]]:
+    """A run stopped after every few steps, until it is done, and in which tasks it was stopped."""
+    save = SeedRun._save_between_steps
+    steps, stops = 0, []
 
     def stop(seed_run: SeedRun, trainer: Trainer) -> None:
         nonlocal steps
         save(seed_run, trainer)
         steps += 1
-        if steps % 3 == 0:
-            sittings.append(steps)
+        if steps % every == 0:
+            stops.append(len(seed_run.outcome.tasks))
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(SeedRun, "_save_between_steps", stop)
-    while True:
-        try:
-            stopped = run(method, run_dir=tmp_path / "stopped")
-            break
-        except KeyboardInterrupt:
-            assert len(sittings) < 200
-    assert len(sittings) > 2
+    with monkeypatch.context() as patch:
+        patch.setattr(SeedRun, "_save_between_steps", stop)
+        while True:
+            try:
+                return run(**arguments), stops
+            except KeyboardInterrupt:
+                assert len(stops) < 200
+
+
+@pytest.mark.parametrize("method", ["icarl", "der+cim", "icarl+mnemonics", "gem+samc"])
+def test_stopped_again_and_again_ends_in_the_same_bits(
+    method, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, assert_same
+) -> None:
+    whole = run(method, run_dir=tmp_path / "whole")
+    stopped, stops = stopped_run(monkeypatch, 3, method=method, run_dir=tmp_path / "stopped")
+    assert len(stops) > 1
     for a, b in zip(whole.outcomes[0].tasks, stopped.outcomes[0].tasks, strict=True):
         assert_same({**vars(a), "seconds": 0}, {**vars(b), "seconds": 0})
+
+
+SAMC_RUN = read_preset("samc/cifar100-10")
+OF_SAMC = [*(method for method in SAMC_RUN.configs if method != "samc"), "gem+samc", "ebm+samc"]
+
+
+@pytest.mark.parametrize("method", OF_SAMC)
+def test_methods_as_samcs_paper_sets_them_go_on_in_the_middle_of_a_task(
+    method, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, assert_same
+) -> None:
+    """Their forms for one pass draw, hold and step as those for many epochs don't."""
+    found = SAMC_RUN.options_for([method])
+    own = {part: found[part] for part in method.split("+") if part in found}
+    if method == "eec":
+        own["eec"]["width"] = 4
+    # Stages behind the stream keep several epochs, the autoencoder's of EEC a hundred.
+    arguments = {"method": method, "scenario": "task-2-online", "engine.epoch_scale": 0.04, **own}
+    whole = run(**arguments, run_dir=tmp_path / "whole")
+    stopped, stops = stopped_run(monkeypatch, 2, **arguments, run_dir=tmp_path / "stopped")
+    assert set(stops) == {0, 1}, "in the middle of either task"
+    for a, b in zip(whole.outcomes[0].tasks, stopped.outcomes[0].tasks, strict=True):
+        assert_same({**vars(a), "seconds": 0}, {**vars(b), "seconds": 0})
+    ends = [tmp_path / name / "seed-0" / "learner.safetensors" for name in ("whole", "stopped")]
+    assert_same(*({**load_state(end), "settings": None} for end in ends))

@@ -270,7 +270,7 @@ def test_exemplars_are_kept_only_to_be_replayed():
     assert two_tasks("ebm", **{"ebm.replay": True}).memory.counts(4) == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("addon", ["cam", "cim", "mrdc", "mnemonics", "aanets"])
+@pytest.mark.parametrize("addon", ["cam", "cim", "mrdc", "mnemonics", "aanets", "samc"])
 def test_with_replay_it_composes(addon):
     short = {"cam": {"cam.refresh": 1}, "cim": {"cim.refresh": 1}}.get(addon, {})
     learner = two_tasks(f"ebm+{addon}", **{"ebm.replay": True, **short})
