@@ -43,7 +43,7 @@ _LATER = Recipe(
 )
 _PICTURES = 4
 # Buffers that were added when learners had been saved without them.
-_ADDED = ("figures.flat", "figures.whole")
+_ADDED = ("figures.flat", "figures.whole", "transfer.steps")
 
 
 class SAMC(Addon):
