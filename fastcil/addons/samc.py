@@ -75,20 +75,31 @@ class SAMC(Addon):
     autoencoder with rule          as it is
     ============================== =============================
 
-    The paper's learner is GEM: ``gem+samc``. Where its text and the released code disagree:
+    The paper's learner is GEM: ``gem+samc``. Alg. 1 masks every batch as it comes, by the network
+    of that moment, and keeps the images that come last. Here the masks of all exemplars of a task
+    are made when its training is done, by the network that has learned all of it, and which images
+    are kept is the method's choice: GEM draws them at random, the quota the same for each class.
+
+    Where text and released code disagree:
 
     - the class of Grad-CAM is the label (text), or the one predicted among the task's, by batch
-      norms in training mode (code): ``SAMC.PRESETS["released"]``;
-    - memory is completed as a task begins (text, and here), or once, as it is stored (code);
+      norms in training mode (code): ``saliency`` and ``norms``;
+    - memory is completed as a task begins (text, and here), or once, as it is stored (code), which
+      then holds whole images: only the account of its bytes knows what was dropped. There is no
+      option for that;
     - the autoencoder's output is taken whole (Eq. 4.6) or for dropped pixels alone (code, and the
       proof of Lemma 4.2, which copies the others): ``paste``;
-    - the code loads an autoencoder trained elsewhere, which stays as it is. The text trains it for
-      "a few" steps after each task, and says neither at which rate nor how it starts. The recipes
-      here are ours: long in the first task, short in later ones, which is the early stopping by
-      which the text keeps it from forgetting. On 400 images of ``scenes`` under smooth masks that
-      keep 37 %, where Telea leaves a mean squared error of 0.0275 in the holes of other classes'
-      images, the autoencoder behind it comes to 0.0250 in 75 steps of Adam at 5e-3, to 0.0235 in
-      250 and to 0.0232 in 1000.
+    - the code has no autoencoder, or in a variant loads one trained elsewhere, which stays as it
+      is; here there is none to load. The text trains it for "a few" steps after each task, and says
+      neither at which rate nor how it starts. The recipes here are ours: long in the first task,
+      short in later ones, which is the early stopping by which the text keeps it from forgetting.
+      On 400 images of ``scenes`` under smooth masks that keep 37 %, where Telea leaves a mean
+      squared error of 0.0275 in the holes of other classes' images, the autoencoder behind it comes
+      to 0.0250 in 75 steps of Adam at 5e-3, to 0.0235 in 250 and to 0.0232 in 1000.
+
+    ``SAMC.PRESETS["released"]`` sets ``saliency`` and ``norms`` as in the code, and nothing else:
+    ``rule``, ``radius`` and ``paste`` are the code's by default, masks and choice of exemplars are
+    as above, and an autoencoder is trained unless ``completion="rule"``.
 
     Records are the lemmas in figures; see `fastcil.addons.completion_records` and, with
     ``analyse``, `fastcil.addons.transfer_records`.
