@@ -120,7 +120,9 @@ class SAMC(Addon):
         Args:
             threshold: mu: pixels whose saliency is above it are kept.
             completion: ``both`` the rule and the autoencoder, one of them, or ``zero``.
-            rule: ``telea`` (released code), ``navier-stokes`` or ``diffusion``.
+            rule: ``telea`` (released code) or ``navier-stokes``, OpenCV's, by way of the host where
+                images are on a GPU; or ``diffusion``, ours, which fills them there, whole batches
+                at once: the one to take on a GPU.
             radius: Pixels around a missing one that telea and navier-stokes look at.
             saliency: The class is the ``label``, or the one that is ``predicted`` among the task's.
             layer: Path of a module within each extractor, as ``stages.2``; None: the final maps.

@@ -30,10 +30,12 @@ def complete(
     r"""R(x'): fills the dropped pixels of images by a rule (Bai et al. 2023, Sec. 4.2).
 
     ``zero`` leaves them black, the paper's baseline. ``telea`` (Telea 2004; the released code's,
-    radius 3) and ``navier-stokes`` (Bertalmio et al. 2001) are OpenCV's, on the host whatever the
-    device, on as many threads as torch has. ``diffusion`` is `diffuse`, on the images' device, a
-    batch of each size at once; under masks of smooth maps it comes nearer to the truth than Telea
-    does, by 0.5 dB on CIFAR-100 and 0.6 to 1.7 dB on larger photographs.
+    radius 3) and ``navier-stokes`` (Bertalmio et al. 2001) are OpenCV's, on as many threads as
+    torch has: images on a GPU are copied to the host for them, filled one by one, and copied back.
+    ``diffusion`` is `diffuse`, on the images' device, a batch of each size at once, and is the rule
+    to take on a GPU; under masks of smooth maps it comes nearer to the truth than Telea does, by
+    0.5 dB on CIFAR-100 and 0.6 to 1.7 dB on larger photographs. ``benchmarks/sparse_memory.py``
+    measures all of them, and how long they take, under masks of a trained network.
 
     What a dropped pixel holds has no say: it is blackened first, for OpenCV's fillers do look at
     it. Images without a known pixel stay black.

@@ -34,7 +34,8 @@ class SparseCodec(Codec[SparseStore]):
     Args:
         threshold: mu, from 0 to below 1; 0 keeps every pixel, as in the paper's Table 4. The paper
             has 0.6 on CIFAR-10 and 0.7 on CIFAR-100 and mini-ImageNet.
-        rule: ``telea`` (the released code's), ``navier-stokes``, ``diffusion`` or ``zero``; see
+        rule: ``telea`` (the released code's), ``navier-stokes``, ``diffusion`` or ``zero``; the
+            first two fill on the host, whatever the device; see
             `fastcil.memory.codecs.completion.complete`.
         radius: How far around a pixel OpenCV's rules look, in pixels; 3 as released.
         refine: From completed images and their masks to images of the same sizes. Whether it
