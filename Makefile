@@ -29,8 +29,8 @@ ifneq ($(findstring /,$(PY)),)
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 endif
 
-.PHONY: help demo test lint bench bench-peers bench-steps gpu test-gpu sanitize bench-gpu \
-  bench-gpu-runs clean extension
+.PHONY: help demo test lint bench bench-peers bench-steps bench-sparse gpu test-gpu sanitize \
+  bench-gpu bench-gpu-runs clean extension
 
 help:
 	@echo "make demo     compare FOSTER with FOSTER+CIM and write the report to demo/"
@@ -39,6 +39,7 @@ help:
 	@echo "make bench    time the ops; figures go to benchmarks/results and into README.md"
 	@echo "make bench-peers   the same, after the packages they are compared with are installed"
 	@echo "make bench-steps   time steps and epochs; PYCIL= and MAMMOTH= name checkouts to time beside"
+	@echo "make bench-sparse  count SAMC's exemplars on CIFAR-100 and time what completes them; hours"
 	@echo "make gpu      on a GPU: test-gpu, sanitize, bench-gpu, bench-gpu-runs, one after the other"
 	@echo "make clean    remove what make made, except the demo's report"
 	@echo
@@ -82,6 +83,11 @@ bench-steps: $(READY)
 	$(STEPS) time --data $(DATA) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PYCIL),--pycil $(PYCIL)) \
 	  $(if $(MAMMOTH),--mammoth $(MAMMOTH)) $(STEPS_ARGS)
 	$(STEPS) table
+
+# SPARSE_ARGS='--saliency predicted --norms batch' masks as the code of SAMC's Table 4 did.
+bench-sparse: $(READY)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PY) benchmarks/sparse_memory.py --data $(DATA) \
+	  $(SPARSE_ARGS)
 
 # Each whatever came of the one before: time on a GPU may be short.
 gpu: $(READY)
