@@ -22,9 +22,9 @@ from fastcil.engine.context import EngineContext
 from fastcil.engine.trainer import Trainer
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import make_codec
-from fastcil.memory.codecs.sparse import salient_pixels
 from fastcil.methods.er import ExperienceReplay
 from fastcil.nn import GradCAM
+from fastcil.ops import salient_masks
 
 SHORT = Recipe(epochs=3, lr=0.01, optimizer="adam", weight_decay=0.0, batch_size=4)
 
@@ -300,7 +300,7 @@ def test_exemplars_kept_whole_prove_nothing(flat):
     assert bool((maps.amax((1, 2)) > maps.amin((1, 2))).all())
     maps[flat] = 0.7
     completed = addon._completed(task.examples.images, maps)
-    masks = salient_pixels(maps, task.examples.images.sizes, 0.5)
+    masks = salient_masks(maps, task.examples.images.sizes, 0.5)
     shown = Completed.of(task.examples, completed, maps, masks, exact=True)
     errors = torch.rand(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     errors[flat] = 0

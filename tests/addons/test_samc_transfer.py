@@ -17,8 +17,8 @@ from fastcil.contract import Stage, Task
 from fastcil.curvature.anchor import draws
 from fastcil.data import Augmentation, Examples, ImageStore
 from fastcil.engine.context import EngineContext
-from fastcil.memory.codecs.sparse import salient_pixels
 from fastcil.methods.er import ExperienceReplay
+from fastcil.ops import salient_masks
 
 SIZE, COUNT = 16, 12
 PRODUCT, PRODUCT_ORIGINAL, COSINES, LOSS = 1, 2, slice(3, 6), 6
@@ -50,7 +50,7 @@ class Setting:
         self.addon.begin_task(first)
         maps = self.addon.marks(first.examples)
         completed = self.addon._completed(first.examples.images, maps)
-        masks = salient_pixels(maps, completed.sizes, 0.5)
+        masks = salient_masks(maps, completed.sizes, 0.5)
         # Of five exemplars the analysis knows four, and memory has them in another order.
         kept = torch.tensor([1, 4, 7, 10])
         pairs = Completed.of(first.examples, completed, maps, masks, exact=True)

@@ -16,7 +16,7 @@ from fastcil.data import ImageStore
 from fastcil.data.scenes import make_scenes
 from fastcil.errors import FastcilError
 from fastcil.memory.codecs.completion import complete, diffuse
-from fastcil.memory.codecs.sparse import salient_pixels
+from fastcil.ops import salient_masks
 
 RULES = ["zero", "telea", "navier-stokes", "diffusion"]
 FLAGS = {"telea": cv2.INPAINT_TELEA, "navier-stokes": cv2.INPAINT_NS}
@@ -167,7 +167,7 @@ def test_diffusion_comes_as_near_to_the_truth_as_telea(size, threshold):
     """On drawn scenes under masks of smooth maps, in the dropped pixels."""
     images = make_scenes(classes=4, size=size, train_per_class=6, test_per_class=1).train.images
     coarse = torch.rand(len(images), 4, 4, generator=torch.Generator().manual_seed(size))
-    masks = salient_pixels(coarse, images.sizes, threshold)
+    masks = salient_masks(coarse, images.sizes, threshold)
     true = images.reconstruct().pixels.view(-1, 3)[~masks].double()
 
     def psnr(rule):
