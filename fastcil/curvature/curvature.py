@@ -1,10 +1,9 @@
-"""The face of all curvatures: measured on a task, merged with those before, made a penalty."""
+"""The face of all curvatures: measured task by task, kept, made a penalty."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,6 @@ Scan = Callable[[Callable[[Tensor, Tensor], None]], None]
 
 Displacements = Mapping[str, Tensor]
 """Parameters less where they were, by name."""
-
-CurvatureT = TypeVar("CurvatureT", bound="Curvature")
 
 
 class Curvature(ABC):
@@ -37,12 +34,24 @@ class Curvature(ABC):
         self.names = tuple(names)
 
     @abstractmethod
-    def measure(self, scan: Scan, generator: torch.Generator) -> None:
-        """Makes it that of the model as it is now, on the images of ``scan``."""
+    def measure(
+        self, scan: Scan, generator: torch.Generator, old: float = 0.0, new: float = 1.0
+    ) -> None:
+        """Becomes old * H + new * H', as far as its form can hold the sum.
 
-    @abstractmethod
-    def merge(self: CurvatureT, other: CurvatureT, mine: float, theirs: float) -> None:
-        """Becomes mine * H + theirs * H of another, as far as its form can hold the sum."""
+        A diagonal can, for any weights, and so can the classifier of which the output factor is
+        the identity. Of Kronecker factors each is averaged by itself (`KroneckerFactors.merge`),
+        which is the sum where tasks are alike. Eigenvalues are summed in the basis of factors
+        averaged so: it becomes the sum's diagonal there.
+
+        Tensors that it was loaded with stay as they are.
+
+        Args:
+            scan: Goes through a task's images, once or twice.
+            generator: Of draws.
+            old: Weight of H, what it holds; with 0 it need hold nothing.
+            new: Weight of H', that of the model as it is now on the images of ``scan``.
+        """
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

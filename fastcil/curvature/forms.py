@@ -48,20 +48,21 @@ class DiagonalCurvature(Curvature):
         self._alike = {name for name in names if name.rpartition(".")[0] in identity}
         self._values: dict[str, Tensor] = {}
 
-    def measure(self, scan: Scan, generator: torch.Generator) -> None:
-        """By one pass."""
+    def measure(
+        self, scan: Scan, generator: torch.Generator, old: float = 0.0, new: float = 1.0
+    ) -> None:
+        """By one pass; the sum is exact, and what was not there before is zero."""
         sums = self._make()
         scan(lambda images, labels: sums.update(images, labels, generator=generator))
-        self._values = {
+        values = {
             name: value.mean(0, keepdim=True) if name in self._alike else value
             for name, value in sums.values().items()
         }
-
-    def merge(self, other: DiagonalCurvature, mine: float, theirs: float) -> None:
-        """The weighted sum, exactly; what one of them has not is zero (a head that grew)."""
-        for name, value in other._values.items():
-            own = grown(self._values[name], value.shape) if name in self._values else 0.0
-            self._values[name] = mine * own + theirs * value
+        held = self._values if old else {}
+        self._values = {
+            name: old * (grown(held[name], value.shape) if name in held else 0.0) + new * value
+            for name, value in values.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """The values by parameter name."""
@@ -116,10 +117,22 @@ class _LayersCurvature(Curvature):
         # Where the output factor is the identity, inputs are not to be weighed by gradients.
         return KroneckerFactors(self.model, self._layers, plain=self._identity, **self._options)
 
-    def _measure_factors(self, scan: Scan, generator: torch.Generator) -> None:
-        """One pass."""
-        self._factors = self._empty()
-        scan(lambda images, labels: self._factors.update(images, labels, generator=generator))
+    def _loaded(self, tensors: Mapping[str, Tensor]) -> KroneckerFactors:
+        factors = self._empty()
+        factors.load_tensors(tensors)
+        return factors
+
+    def _measured(
+        self, scan: Scan, generator: torch.Generator, old: float, new: float
+    ) -> KroneckerFactors:
+        """The average of the factors held and those of one pass; what is held stays as it is."""
+        found = self._empty()
+        scan(lambda images, labels: found.update(images, labels, generator=generator))
+        if not old:
+            return found
+        both = self._loaded({k: v.clone() for k, v in self._factors.tensors().items()})
+        both.merge(found, old, new)
+        return both
 
 
 class KroneckerCurvature(_LayersCurvature):
@@ -128,13 +141,11 @@ class KroneckerCurvature(_LayersCurvature):
     Takes what `_LayersCurvature` takes.
     """
 
-    def measure(self, scan: Scan, generator: torch.Generator) -> None:
-        """By one pass."""
-        self._measure_factors(scan, generator)
-
-    def merge(self, other: KroneckerCurvature, mine: float, theirs: float) -> None:
-        """Factor by factor, on their sums (Shon et al. 2022, Sec. 4.1)."""
-        self._factors.merge(other._factors, mine, theirs)
+    def measure(
+        self, scan: Scan, generator: torch.Generator, old: float = 0.0, new: float = 1.0
+    ) -> None:
+        """By one pass; averaged factor by factor (Shon et al. 2022, Sec. 4.1)."""
+        self._factors = self._measured(scan, generator, old, new)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums."""
@@ -142,8 +153,7 @@ class KroneckerCurvature(_LayersCurvature):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes sums."""
-        self._factors = self._empty()
-        self._factors.load_tensors(tensors)
+        self._factors = self._loaded(tensors)
 
     def products(self) -> list[tuple[tuple[str, ...], Product]]:
         """A block for each layer."""
@@ -168,9 +178,9 @@ class KroneckerCurvature(_LayersCurvature):
 class EigenCurvature(_LayersCurvature):
     """EK-FAC of layers: `EigenCorrection` in the basis of K-FAC.
 
-    Tasks are merged in the basis of the merged factors, into which the values of both are turned
-    (`turned_values`); eigenvectors are computed once for a task and once for a merge. It takes what
-    `_LayersCurvature` takes, but for ``kind``.
+    Its basis is that of the factors averaged over all tasks. A task's own eigenvalues are measured
+    in it, exactly, and those held are turned into it (`turned_values`); so eigenvectors are
+    computed once for a task. It takes what `_LayersCurvature` takes, but for ``kind``.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -178,27 +188,21 @@ class EigenCurvature(_LayersCurvature):
         self._turned = tuple(name for name in self._layers if name not in self._identity)
         self._blocks: dict[str, EigenBlock] = {}
 
-    def measure(self, scan: Scan, generator: torch.Generator) -> None:
-        """By two passes: factors, then eigenvalues."""
-        self._measure_factors(scan, generator)
-        basis = self._basis()
+    def measure(
+        self, scan: Scan, generator: torch.Generator, old: float = 0.0, new: float = 1.0
+    ) -> None:
+        """By two passes: factors, then eigenvalues in the basis of all tasks' factors."""
+        factors = self._measured(scan, generator, old, new)
+        dense = factors.dense()
+        basis = eigenbasis({name: dense[name][0] for name in self._turned})
         correction = EigenCorrection(self.model, basis, **self._options)
         scan(lambda images, labels: correction.update(images, labels, generator=generator))
-        self._blocks = correction.blocks()
-
-    def _basis(self) -> dict[str, EigenBlock]:
-        dense = self._factors.dense()
-        return eigenbasis({name: dense[name][0] for name in self._turned})
-
-    def merge(self, other: EigenCurvature, mine: float, theirs: float) -> None:
-        """The diagonal of the weighted sum, in the basis of the merged factors."""
-        self._factors.merge(other._factors, mine, theirs)
-        basis = self._basis()
-        for name, block in basis.items():
-            old, new = self._blocks[name], other._blocks[name]
-            old = _grown_block(old, new)
-            values = mine * turned_values(old, block) + theirs * turned_values(new, block)
-            self._blocks[name] = block._replace(values=values)
+        blocks = correction.blocks()
+        if old:
+            for name, block in blocks.items():
+                held = turned_values(_grown_block(self._blocks[name], block), block)
+                blocks[name] = block._replace(values=old * held + new * block.values)
+        self._factors, self._blocks = factors, blocks
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors' sums, and the blocks."""
@@ -210,8 +214,7 @@ class EigenCurvature(_LayersCurvature):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes sums and blocks."""
         own = "factors/"
-        self._factors = self._empty()
-        self._factors.load_tensors(
+        self._factors = self._loaded(
             {k[len(own) :]: v for k, v in tensors.items() if k.startswith(own)}
         )
         self._blocks = {

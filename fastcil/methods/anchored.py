@@ -88,8 +88,8 @@ class Anchored(Method):
         """An empty curvature of the network as it is now."""
 
     @abstractmethod
-    def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
-        """The curvature of all tasks so far."""
+    def shares(self, task: Task) -> tuple[float, float]:
+        """Weights of the curvature of the tasks so far, and of the new one's, in what is kept."""
 
     def names(self) -> list[str]:
         """Parameters of the network that are held."""
@@ -166,16 +166,14 @@ class Anchored(Method):
 
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and adds it to that of the tasks before."""
-        new = self.curvature()
-        scan = scan_of(self.context, self.network, self.looked_at(task), new.of_batches)
-        with outputs_among(self.network, self.own(task)):
-            new.measure(scan, draws(task.index, torch.initial_seed()))
-        old = None
+        curvature = self.curvature()
         if len(self.kept):
-            old = self.curvature()
-            old.load_tensors(kept_curvature(self.kept))
-        merged = self.merge(old, new, task)
-        self.kept = keep(self.network, self.names(), merged)
+            curvature.load_tensors(kept_curvature(self.kept))
+        scan = scan_of(self.context, self.network, self.looked_at(task), curvature.of_batches)
+        with outputs_among(self.network, self.own(task)):
+            drawn = draws(task.index, torch.initial_seed())
+            curvature.measure(scan, drawn, *self.shares(task))
+        self.kept = keep(self.network, self.names(), curvature)
         self._hold = None
 
     def retained(self) -> list[Retained]:
@@ -208,20 +206,9 @@ def outputs_among(
         handle.remove()
 
 
-def added(old: Curvature | None, new: Curvature) -> Curvature:
-    """The sum over tasks."""
-    if old is None:
-        return new
-    old.merge(new, 1.0, 1.0)
-    return old
-
-
-def averaged(old: Curvature | None, new: Curvature, tasks: int) -> Curvature:
-    """The running mean over ``tasks`` tasks, the new one included."""
-    if old is None:
-        return new
-    old.merge(new, (tasks - 1) / tasks, 1 / tasks)
-    return old
+def of_mean(tasks: int) -> tuple[float, float]:
+    """Shares of the old ones and of the new one in the mean over ``tasks`` tasks."""
+    return (tasks - 1) / tasks, 1 / tasks
 
 
 def held_parameters(network: Network, head: str) -> list[str]:

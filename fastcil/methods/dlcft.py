@@ -317,19 +317,17 @@ class DLCFT(Method):
 
     def end_task(self, task: Task) -> None:
         """Measures the curvature at the task's end and merges it with those before."""
-        new, tasks = self._curvature(), task.index + 1
+        curvature, tasks = self._curvature(), task.index + 1
+        if len(self.kept):
+            curvature.load_tensors(kept_curvature(self.kept))
+        total = tasks if self.config.merging == "mean" else 2 * tasks - 1
+        old = tasks - 1
         drawn = draws(task.index, torch.initial_seed())
         squared = self.config.loss == "squared"
-        with outputs_among(new.model, self._own(task), 0.0 if squared else None):
-            new.measure(scan_of(self.context, self, task.examples), drawn)
-        if len(self.kept):
-            old = self._curvature()
-            old.load_tensors(kept_curvature(self.kept))
-            total = tasks if self.config.merging == "mean" else 2 * tasks - 1
-            mine = tasks - 1
-            old.merge(new, mine / total, (total - mine) / total)
-            new = old
-        self.kept = keep(self._scores(), self._held(), new)
+        with outputs_among(curvature.model, self._own(task), 0.0 if squared else None):
+            scan = scan_of(self.context, self, task.examples)
+            curvature.measure(scan, drawn, old / total, (total - old) / total)
+        self.kept = keep(self._scores(), self._held(), curvature)
         self._hold = None
 
     def retained(self) -> list[Retained]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastcil.contract import Context, Recipe, Retained, Task, check_not_negative
 from fastcil.curvature import Curvature, make_curvature
-from fastcil.curvature.anchor import displacements, draws
+from fastcil.curvature.anchor import displacements, draws, kept_curvature
 from fastcil.curvature.curvature import grown
 from fastcil.data import Examples
-from fastcil.methods.anchored import Anchored, AnchoredConfig, added
+from fastcil.methods.anchored import Anchored, AnchoredConfig
 from fastcil.methods.recipes import FINETUNING, online
 from fastcil.nn import Tensors
 
@@ -113,12 +113,18 @@ class EWC(Anchored):
         """As many of the task's images as the settings say."""
         return _some(task, self.config.images)
 
-    def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
-        """The sum; about the new anchor, the old tasks pull back towards theirs."""
-        if old is not None:
+    def shares(self, task: Task) -> tuple[float, float]:
+        """Those of the sum."""
+        return 1.0, 1.0
+
+    def end_task(self, task: Task) -> None:
+        """As of all of them; about the new anchor, the old tasks pull back towards theirs."""
+        pull = self.pull
+        if len(self.kept):
             moved = displacements(self.kept, dict(self.network.named_parameters()))
-            self.pull = _pull(self.pull, old.tensors(), moved)
-        return added(old, new)
+            pull = _pull(pull, kept_curvature(self.kept), moved)
+        super().end_task(task)
+        self.pull = pull
 
     def penalty(self) -> Tensor:
         """Of all anchors, but for a constant."""
@@ -219,9 +225,6 @@ class OnlineEWC(Anchored):
         """As many of the task's images as the settings say."""
         return _some(task, self.config.images)
 
-    def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
-        """The old one times gamma, and the new."""
-        if old is None:
-            return new
-        old.merge(new, self.config.gamma, 1.0)
-        return old
+    def shares(self, task: Task) -> tuple[float, float]:
+        """Gamma for the old one."""
+        return self.config.gamma, 1.0

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from fastcil.contract import Task
 from fastcil.curvature import Curvature, make_curvature
-from fastcil.methods.anchored import Anchored, AnchoredConfig, added, averaged
+from fastcil.methods.anchored import Anchored, AnchoredConfig, of_mean
 from fastcil.methods.recipes import FINETUNING
 
 
@@ -62,8 +62,6 @@ class MAS(Anchored):
         lam: float = self.config.lam
         return 2 * lam
 
-    def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
-        """The sum or the mean."""
-        if self.config.merging == "sum":
-            return added(old, new)
-        return averaged(old, new, task.index + 1)
+    def shares(self, task: Task) -> tuple[float, float]:
+        """Those of the sum or the mean."""
+        return (1.0, 1.0) if self.config.merging == "sum" else of_mean(task.index + 1)

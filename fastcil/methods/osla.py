@@ -10,8 +10,8 @@ from fastcil.curvature import Curvature, make_curvature
 from fastcil.methods.anchored import (
     Anchored,
     AnchoredConfig,
-    averaged,
     held_layers,
+    of_mean,
 )
 from fastcil.methods.recipes import FINETUNING
 
@@ -72,6 +72,6 @@ class OSLA(Anchored):
         lam: float = self.config.lam
         return lam * task.index
 
-    def merge(self, old: Curvature | None, new: Curvature, task: Task) -> Curvature:
-        """The mean over tasks."""
-        return averaged(old, new, task.index + 1)
+    def shares(self, task: Task) -> tuple[float, float]:
+        """Those of the mean over tasks."""
+        return of_mean(task.index + 1)

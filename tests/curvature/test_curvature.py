@@ -195,17 +195,19 @@ def test_values_turn_into_another_basis_with_their_trace():
 def test_merging_weighs_tasks(kind):
     """Exactly, where the form can hold a sum; what is merged can be saved."""
     net = model().float()
-    one, two = (measured(kind, net, draw(6, 2, 4, 4, seed=s).float()) for s in (1, 2))
+    tasks = [draw(6, 2, 4, 4, seed=s).float() for s in (1, 2)]
+    one, two = (measured(kind, net, x) for x in tasks)
     step = {name: d.float() for name, d in displaced(net).items()}
     before = [float(Penalty(c)(step)) for c in (one, two)]
-    trace = sum(float(b.values.sum()) for b in getattr(one, "_blocks", {}).values())
-    one.merge(two, 0.25, 0.75)
+    loaded = one.tensors()
+    kept = {name: value.clone() for name, value in loaded.items()}
+    one = make_curvature(kind, net)
+    one.load_tensors(loaded)
+    one.measure(scan(tasks[1]), generator(), 0.25, 0.75)
+    assert all(torch.equal(value, kept[name]) for name, value in loaded.items())
     merged = float(Penalty(one)(step))
     if kind in ("diagonal", "mas"):
         assert merged == pytest.approx(0.25 * before[0] + 0.75 * before[1], rel=1e-5)
-    elif kind == "ekfac":
-        traces = [sum(float(b.values.sum()) for b in c._blocks.values()) for c in (one, two)]
-        assert traces[0] == pytest.approx(0.25 * trace + 0.75 * traces[1], rel=1e-4)
     again = make_curvature(kind, net)
     again.load_tensors({k: v.clone() for k, v in one.tensors().items()})
     assert float(Penalty(again)(step)) == pytest.approx(merged, rel=1e-5)
@@ -218,7 +220,7 @@ def test_factors_are_merged_as_their_weighted_mean():
     options = {"estimator": "exact", "likelihood": "gaussian"}
     merged = measured("kfac", net, tasks[0], **options)
     for t, x in enumerate(tasks[1:], start=2):
-        merged.merge(measured("kfac", net, x, **options), (t - 1) / t, 1 / t)
+        merged.measure(scan(x), generator(), (t - 1) / t, 1 / t)
     step, wanted = displaced(net), 0
     single = []
     for x in tasks:
@@ -230,6 +232,42 @@ def test_factors_are_merged_as_their_weighted_mean():
         d = vector(step, layer)
         wanted += 0.5 * d @ torch.kron(a, g) @ d
     assert float(Penalty(merged)(step)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_ekfac_of_three_tasks_decomposes_each_factor_once_for_each(monkeypatch):
+    """And has the diagonal of the old form and the new task's Fisher information, summed."""
+    net, weights = model(), [(0.0, 1.0), (0.5, 0.5), (2 / 3, 1 / 3)]
+    options = {"estimator": "exact"}
+    layers = ("0", "3")
+    eigh, decomposed = torch.linalg.eigh, []
+    factors = dict.fromkeys(layers, (0.0, 0.0))
+    held = dict.fromkeys(layers, 0.0)
+    curvature = make_curvature("ekfac", net, **options)
+    for t, (old, new) in enumerate(weights):
+        x = draw(6, 2, 4, 4, seed=t)
+        with monkeypatch.context() as watched:
+            watched.setattr(torch.linalg, "eigh", lambda m: decomposed.append(m) or eigh(m))
+            kept = curvature.tensors() if t else None
+            curvature = make_curvature("ekfac", net, **options)
+            if kept:
+                curvature.load_tensors(kept)
+            curvature.measure(scan(x), generator(), old, new)
+            step = displaced(net)
+            found = float(Penalty(curvature)(step))
+        assert len(decomposed) == 2 * len(layers) * (t + 1)
+        naive = KroneckerFactors(net, dtype=torch.float64, **options)
+        naive.update(x)
+        gradients = sample_gradients(net, layers, x, "categorical")
+        wanted = 0.0
+        for layer, ((a, g),) in naive.dense().items():
+            merged = [old * p + new * q for p, q in zip(factors[layer], (a, g), strict=True)]
+            factors[layer] = merged
+            q = torch.kron(*(eigh(m)[1] for m in merged))
+            both = old * held[layer] + new * fisher(gradients[layer], len(x))
+            held[layer] = q @ (q.T @ both @ q).diagonal().diag() @ q.T
+            d = vector(step, layer)
+            wanted += float(0.5 * d @ held[layer] @ d)
+        assert found == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,8 +283,7 @@ def test_a_head_that_grows_has_no_curvature_for_new_units(kind):
     again = make_curvature(kind, net)
     again.load_tensors(curvature.tensors())
     assert float(Penalty(again)(grown)) == pytest.approx(before, rel=1e-4)
-    new = measured(kind, net, draw(6, 2, 4, 4, seed=1).float())
-    again.merge(new, 0.5, 0.5)
+    again.measure(scan(draw(6, 2, 4, 4, seed=1).float()), generator(), 0.5, 0.5)
     assert torch.isfinite(Penalty(again)(grown))
 
 
@@ -262,9 +299,7 @@ def test_with_squared_error_a_classifier_s_new_units_have_the_curvature_of_the_o
     x = draw(8, 2, 4, 4)
     curvature.measure(scan(x), generator())
     # Of two tasks alike it is that of one.
-    again = make_curvature(kind, net, **options)
-    again.measure(scan(x), generator())
-    curvature.merge(again, 0.5, 0.5)
+    curvature.measure(scan(x), generator(), 0.5, 0.5)
     net[3] = nn.Linear(64, 5).double()
     step = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     step["3.weight"], step["3.bias"] = draw(5, 64), draw(5)
