@@ -41,8 +41,8 @@ class Curvature(ABC):
 
         A diagonal can, for any weights, and so can the classifier of which the output factor is
         the identity. Of Kronecker factors each is averaged by itself (`KroneckerFactors.merge`),
-        which is the sum where tasks are alike. Eigenvalues are summed in the basis of factors
-        averaged so: it becomes the sum's diagonal there.
+        which is the sum where tasks are alike, and the weights must sum to 1. Eigenvalues are
+        summed in the basis of factors averaged so: it becomes the sum's diagonal there.
 
         Tensors that it was loaded with stay as they are.
 
@@ -51,6 +51,9 @@ class Curvature(ABC):
             generator: Of draws.
             old: Weight of H, what it holds; with 0 it need hold nothing.
             new: Weight of H', that of the model as it is now on the images of ``scan``.
+
+        Raises:
+            FastcilError: Kronecker factors and weights that do not sum to 1.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastcil.curvature.curvature import Curvature, Scan, grown
 from fastcil.curvature.diagonal import DiagonalFisher, MemoryAwareSynapses, Per
 from fastcil.curvature.eigen import EigenBlock, EigenCorrection, eigenbasis, turned_values
-from fastcil.curvature.kronecker import Factors, KroneckerFactors
+from fastcil.curvature.kronecker import Factors, KroneckerFactors, check_mean
 from fastcil.curvature.layers import find_layers
 from fastcil.curvature.outputs import Estimator, Likelihood
 from fastcil.curvature.penalty import (
@@ -126,6 +126,7 @@ class _LayersCurvature(Curvature):
         self, scan: Scan, generator: torch.Generator, old: float, new: float
     ) -> KroneckerFactors:
         """The average of the factors held and those of one pass; what is held stays as it is."""
+        check_mean(old=old, new=new)
         found = self._empty()
         scan(lambda images, labels: found.update(images, labels, generator=generator))
         if not old:

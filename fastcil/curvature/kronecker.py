@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -187,16 +188,27 @@ class KroneckerFactors:
         return {name: sums.dense(self.count) for name, sums in self._sums.items()}
 
     def merge(self, other: KroneckerFactors, mine: float, theirs: float) -> None:
-        """Becomes the weighted sum of both averages, factor by factor (Shon et al. 2022, Eq. 11).
+        r"""Becomes the weighted mean of both, factor by factor.
+
+        .. math:: (w A + w' A') \otimes (w G + w' G') = w\, A \otimes G + w' A' \otimes G'
+            - w w' (A - A') \otimes (G - G'), \qquad w + w' = 1
+
+        What Shon et al. (2022, Eq. 11) sum are blocks, of which this keeps one Kronecker product
+        as they do (Sec. 4.1): the sum itself where the tasks have a factor in common. Of ``xkfac``
+        it is both products, each by itself; of ``tkfac`` the sums that :math:`\delta`,
+        :math:`\Phi` and :math:`\Psi` are made of, so that the trace is the weighted mean of
+        traces. With weights of another sum, factors that are multiplied would be so twice.
 
         Args:
-            other: Factors of the same layers and kind.
-            mine: Weight of these.
-            theirs: Weight of the others.
+            other: Factors of the same layers and kind, which stay as they are.
+            mine: w, weight of these.
+            theirs: w', weight of the others.
 
         Raises:
-            FastcilError: The others are of other layers or another kind.
+            FastcilError: The others are of other layers or another kind; weights that do not sum
+                to 1.
         """
+        check_mean(mine=mine, theirs=theirs)
         if (self.layers, self.kind) != (other.layers, other.kind):
             raise FastcilError(
                 f"other has {other.kind} factors of {other.layers}; it must have {self.kind} "
@@ -242,6 +254,16 @@ class KroneckerFactors:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote for the same layers; nothing in the file is executed."""
         self.load_tensors(load_file(path))
+
+
+def check_mean(**weights: float) -> None:
+    """Refuses two weights, by their names, that do not make a mean."""
+    if not math.isclose(sum(weights.values()), 1, abs_tol=1e-6):
+        told = " and ".join(f"{name} is {weight}" for name, weight in weights.items())
+        raise FastcilError(
+            f"{told}; Kronecker factors are averaged, so that weights must sum to 1: multiply "
+            f"the penalty instead."
+        )
 
 
 class _LayerSums:

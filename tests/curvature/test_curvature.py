@@ -213,6 +213,15 @@ def test_merging_weighs_tasks(kind):
     assert float(Penalty(again)(step)) == pytest.approx(merged, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["kfac", "tkfac", "xkfac", "ekfac"])
+def test_weights_of_factors_sum_to_1(kind):
+    """Before anything is measured: two factors of twice the size make four times the block."""
+    curvature, looked = measured(kind, model(), draw(6, 2, 4, 4)), []
+    with pytest.raises(FastcilError, match=r"^old is 1\.0 and new is 1\.0; .* sum to 1"):
+        curvature.measure(looked.append, generator(), 1.0, 1.0)
+    assert not looked
+
+
 def test_factors_are_merged_as_their_weighted_mean():
     """Shon et al. 2022, Eq. 11 with Sec. 4.1: (t - 1) : 1 for every factor, a running mean."""
     net = model()

@@ -233,6 +233,40 @@ def test_merging_is_the_weighted_sum_of_averages(kind, saved, tmp_path):
             assert torch.allclose(g, merged[1] / merged[2])
 
 
+def test_what_merging_factors_leaves_out_of_the_sum_of_blocks():
+    """Of blocks w A ⊗ G + w' A' ⊗ G' it is w w' (A - A') ⊗ (G - G'); TK-FAC keeps the trace."""
+    model = build(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(144, 3))
+    for kind in ("kfac", "tkfac"):
+        one, two = (
+            KroneckerFactors(model, kind=kind, estimator="exact", dtype=torch.float64)
+            for _ in range(2)
+        )
+        one.update(draw(3, 2, 6, 6))
+        two.update(2 * draw(5, 2, 6, 6, seed=1))
+        before, other = one.dense(), two.dense()
+        one.merge(two, 0.3, 0.7)
+        for name, ((a, g),) in one.dense().items():
+            (a1, g1), (a2, g2) = before[name][0], other[name][0]
+            blocks = 0.3 * torch.kron(a1, g1) + 0.7 * torch.kron(a2, g2)
+            left_out = 0.21 * torch.kron(a1 - a2, g1 - g2)
+            assert float(left_out.norm()) > 1e-3 * float(blocks.norm())
+            if kind == "kfac":
+                assert torch.allclose(torch.kron(a, g), blocks - left_out)
+            else:
+                assert torch.allclose(torch.kron(a, g).trace(), blocks.trace())
+
+
+@pytest.mark.parametrize("mine, theirs", [(1.0, 1.0), (0.5, 0.25), (0.0, 0.0)])
+def test_weights_that_make_no_mean_are_refused(mine, theirs):
+    model = build(nn.Linear(4, 3))
+    one, two = KroneckerFactors(model), KroneckerFactors(model)
+    for factors in (one, two):
+        factors.update(draw(5, 4))
+    with pytest.raises(FastcilError, match=f"^mine is {mine} and theirs is {theirs}; .* sum to 1"):
+        one.merge(two, mine, theirs)
+    one.merge(two, 2 / 3, 1 / 3)
+
+
 def test_decay_weighs_batches():
     model, batches = small_cnn(), draw(3, 4, 2, 6, 6)
     factors = KroneckerFactors(model, estimator="exact", likelihood="gaussian", dtype=torch.float64)
