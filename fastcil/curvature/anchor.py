@@ -21,6 +21,8 @@ def scan_of(
 ) -> Scan:
     """Goes through a task's images, unaugmented, the model being in evaluation mode.
 
+    Passes compute in the weights' precision, whatever the context's other scans do.
+
     Args:
         context: Reads the images.
         model: What the curvature is measured of.
@@ -33,7 +35,8 @@ def scan_of(
     def scan(update: Callable[[Tensor, Tensor], None]) -> None:
         def look(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
             if len(images):
-                update(images, labels)
+                with torch.autocast(images.device.type, enabled=False):
+                    update(images, labels)
             return (labels,)
 
         with evaluating(model), batch_statistics(training if own_statistics else []):

@@ -88,7 +88,8 @@ class EngineOptions:
         batch_size: Replaces every recipe's batch size; None leaves them.
         scan_batch: Images per step of evaluation, selection and box making.
         scan_precision: What those passes compute in: ``fp32``, or autocast to ``bf16``, which
-            halves their time or better and may choose other exemplars.
+            halves their time or better and may choose other exemplars. Curvature is always
+            measured in the weights' precision.
         knn: Neighbours that vote in a readout ``knn``, a probe of the features; 0 for none.
         tsne: Whether to lay out features of the last task in the plane, by t-SNE (an extra).
         forward_transfer: Whether to measure forward transfer (Lopez-Paz and Ranzato 2017), which

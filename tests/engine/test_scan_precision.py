@@ -1,11 +1,14 @@
-"""Scans compute in what engine.scan_precision says, and answer in float32 all the same."""
+"""Scans compute in what engine.scan_precision says, but for curvature; all answer in float32."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from backbones import ConvNet
+from torch import nn
 
+from fastcil.curvature import make_curvature
+from fastcil.curvature.anchor import scan_of
 from fastcil.data import Augmentation, Examples, ImageStore
 from fastcil.engine.context import EngineContext
 from fastcil.engine.learner import Learner
@@ -41,6 +44,27 @@ def test_labels_and_hits_stay_what_they_are():
     )
     labels, hits = context.scan_labelled(lambda x, y, size: (y, y > 2), EXAMPLES)
     assert labels.dtype == torch.int64 and hits.dtype == torch.bool
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "mas", "kfac", "tkfac", "ekfac"])
+def test_curvature_is_measured_in_the_weights_precision(kind):
+    found = {}
+    for scanned in (None, torch.bfloat16):
+        context = EngineContext(
+            ConvNet, Augmentation.cifar(size=8), torch.device("cpu"), 4, scanned=scanned
+        )
+        torch.manual_seed(0)
+        backbone = context.make_backbone()
+        features = backbone.out_channels
+        model = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        model.append(nn.Linear(features, 6))
+        curvature = make_curvature(kind, model)
+        scan, generator = scan_of(context, model, EXAMPLES), torch.Generator()
+        curvature.measure(scan, generator.manual_seed(1))
+        found[scanned] = curvature.tensors()
+    plain, half = found.values()
+    assert plain.keys() == half.keys() and len(plain) > 2
+    assert all(torch.equal(value, half[name]) for name, value in plain.items())
 
 
 def test_the_option_reaches_the_scan():
