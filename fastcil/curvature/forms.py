@@ -96,6 +96,7 @@ class _LayersCurvature(Curvature):
         layers: Paths of its layers.
         identity: Layers whose output factor is the identity, whatever units they have or come to
             have: the classifier under a Gaussian likelihood (Shon et al. 2022, Eq. 13).
+        half_inputs: As in `KroneckerFactors`.
         **options: Of `KroneckerFactors`.
     """
 
@@ -104,18 +105,26 @@ class _LayersCurvature(Curvature):
         model: nn.Module,
         layers: Sequence[str],
         identity: Sequence[str] = (),
+        half_inputs: bool = False,
         **options: Any,
     ) -> None:
         found = find_layers(model, layers)
         super().__init__(model, [name for layer in found for name in layer.parameters])
         self._layers, self._identity, self._options = tuple(layers), tuple(identity), options
+        self._half_inputs = half_inputs
         self._parameters = {layer.name: tuple(layer.parameters) for layer in found}
         self._factors = self._empty()
         self.of_batches = options.get("kind") == "xkfac"
 
     def _empty(self) -> KroneckerFactors:
         # Where the output factor is the identity, inputs are not to be weighed by gradients.
-        return KroneckerFactors(self.model, self._layers, plain=self._identity, **self._options)
+        return KroneckerFactors(
+            self.model,
+            self._layers,
+            plain=self._identity,
+            half_inputs=self._half_inputs,
+            **self._options,
+        )
 
     def _loaded(self, tensors: Mapping[str, Tensor]) -> KroneckerFactors:
         factors = self._empty()
@@ -281,6 +290,7 @@ def make_curvature(
     samples: int = 1,
     per: Per = "sample",
     identity: Sequence[str] = (),
+    half_inputs: bool = False,
 ) -> Curvature:
     """An empty curvature of a kind.
 
@@ -297,6 +307,8 @@ def make_curvature(
         per: For diagonals, whose gradient is taken: a ``sample``'s, or a ``batch``'s.
         identity: Layers whose output factor is the identity, whatever units they have or come to
             have; with ``mas`` there are none.
+        half_inputs: For Kronecker forms, whether input factors may be made of inputs rounded to
+            bfloat16 (`KroneckerFactors`).
 
     Raises:
         FastcilError: An unknown kind, or arguments that don't go together.
@@ -328,8 +340,8 @@ def make_curvature(
         )
     layers = [layer.name for layer in find_layers(model, names)]
     if kind == "ekfac":
-        return EigenCurvature(model, layers, identity, **options)
-    return KroneckerCurvature(model, layers, identity, kind=kind, **options)
+        return EigenCurvature(model, layers, identity, half_inputs, **options)
+    return KroneckerCurvature(model, layers, identity, half_inputs, kind=kind, **options)
 
 
 def _trained(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:

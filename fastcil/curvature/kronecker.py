@@ -70,6 +70,8 @@ class KroneckerFactors:
         sharing: ``expand`` or ``reduce``, for ``kfac``.
         plain: Layers that have the factors of ``kfac`` whatever the kind.
         dtype: Of the sums; None for that of the weights, or float32 where these are half.
+        half_inputs: Whether input factors may be made of inputs rounded to bfloat16, as in
+            `ConvInputFactor`.
 
     Attributes:
         count: Samples added so far, less what decayed.
@@ -99,6 +101,7 @@ class KroneckerFactors:
         sharing: Literal["expand", "reduce"] = "expand",
         plain: Collection[str] = (),
         dtype: torch.dtype | None = None,
+        half_inputs: bool = False,
     ) -> None:
         if kind not in ("kfac", "tkfac", "xkfac"):
             raise FastcilError(f"kind is {kind!r}; it must be kfac, tkfac or xkfac.")
@@ -120,7 +123,9 @@ class KroneckerFactors:
             weight: Any = self._layers[0].module.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
         self._sums = {
-            layer.name: _LayerSums(layer, "kfac" if layer.name in plain else kind, sharing, dtype)
+            layer.name: _LayerSums(
+                layer, "kfac" if layer.name in plain else kind, sharing, dtype, half_inputs
+            )
             for layer in self._layers
         }
 
@@ -269,7 +274,9 @@ def check_mean(**weights: float) -> None:
 class _LayerSums:
     """The sums of one layer."""
 
-    def __init__(self, layer: Layer, kind: str, sharing: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: Layer, kind: str, sharing: str, dtype: torch.dtype, half_inputs: bool
+    ) -> None:
         self.kind, self.sharing = kind, sharing
         self.groups = layer.groups
         if kind != "kfac" and layer.groups > 1:
@@ -281,7 +288,7 @@ class _LayerSums:
             side = layer.input_factor().side
             self.inputs = ConvInputFactor(side * self.groups, 1, groups=self.groups, dtype=dtype)
         else:
-            self.inputs = layer.input_factor(dtype=dtype)
+            self.inputs = layer.input_factor(dtype=dtype, half_inputs=half_inputs)
         module: Any = layer.module
         outputs = module.weight.shape[0]
         self.outputs = ConvInputFactor(outputs, 1, groups=self.groups, dtype=dtype)

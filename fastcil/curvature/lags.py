@@ -125,7 +125,8 @@ class Lags:
         so that a lag is an offset and its matrix the product of two views.
 
         Args:
-            x: [N, C, H, W].
+            x: Of the sums' dtype, or bfloat16 for products of that (`add_product_`).
+                # [N, C, H, W]
             weights: w of each image.  # [N]
             decay: Factor of what was there.
         """
@@ -134,7 +135,7 @@ class Lags:
         if not len(x):
             return
         if weights is not None:
-            x = x * weights.to(x.dtype).sqrt()[:, None, None, None]
+            x = (x * weights.to(self.whole.dtype).sqrt()[:, None, None, None]).to(x.dtype)
         n, channels, height, width = x.shape
         ry, rx = self.window.reach
         ty, tx = self.window.border
@@ -149,7 +150,7 @@ class Lags:
             # What a lag reaches behind the last row is zero.
             for matrix, offset in zip(self.whole, offsets, strict=True):
                 end = min(stop, len(flat) - offset)
-                matrix.addmm_(flat[start:end].T, flat[start + offset : end + offset])
+                add_product_(matrix, flat[start:end].T, flat[start + offset : end + offset])
         for side, band in enumerate((x[:, :, :ty], x[:, :, height - ty :])):
             _add_line(self.rows[side], band, self.window.dilation[1])
         for side, band in enumerate((x[..., :tx], x[..., width - tx :])):
@@ -158,7 +159,7 @@ class Lags:
             top, left = corner // 2 * (height - ty), corner % 2 * (width - tx)
             block = x[:, :, top : top + ty, left : left + tx]
             values = block.permute(0, 2, 3, 1).reshape(n, -1)
-            matrix.addmm_(values.T, values)
+            add_product_(matrix, values.T, values)
 
     def dense(self) -> Tensor:
         """Sum over samples and output positions of a aᵀ, a being the patch as (c, row, column).
@@ -234,4 +235,21 @@ def _add_line(matrices: Tensor, band: Tensor, step: int) -> None:
     for k, matrix in enumerate(matrices):
         offset = k * step * n
         if offset < len(flat):
-            matrix.addmm_(flat[: len(flat) - offset].T, flat[offset:])
+            add_product_(matrix, flat[: len(flat) - offset].T, flat[offset:])
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds a matrix product.
+
+    Args:
+        total: What it is added to.  # [n, m]
+        left: Of the total's dtype, or bfloat16: such products are accumulated in float32. A CPU's
+            are rounded to bfloat16 once, before they are added.  # [n, k]
+        right: As ``left``.  # [k, m]
+    """
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        total.add_(torch.mm(left, right, out_dtype=torch.float32))
+    else:
+        total.add_(left @ right)

@@ -256,6 +256,23 @@ def test_what_merging_factors_leaves_out_of_the_sum_of_blocks():
                 assert torch.allclose(torch.kron(a, g).trace(), blocks.trace())
 
 
+def test_half_inputs_reach_the_layers_that_take_lags():
+    model = build(nn.Conv2d(4, 6, 3, padding=1), nn.Flatten(), nn.Linear(216, 3))
+    x = draw(8, 4, 6, 6)
+    dense = []
+    for half in (False, True):
+        factors = KroneckerFactors(model, estimator="exact", half_inputs=half)
+        for sums in factors._sums.values():
+            sums.inputs.route = "lags" if sums.inputs.window.kernel == (3, 3) else None
+        factors.update(x)
+        dense.append(factors.dense())
+    (plain,), (half,) = (d["0"] for d in dense)
+    # Two operands are rounded by 2^-9 at most, on a CPU their products too.
+    assert 0 < float((plain.input - half.input).norm() / plain.input.norm()) < 6e-3
+    assert torch.equal(plain.output, half.output)
+    assert all(torch.equal(a, b) for a, b in zip(*(d["2"][0] for d in dense), strict=True))
+
+
 @pytest.mark.parametrize("mine, theirs", [(1.0, 1.0), (0.5, 0.25), (0.0, 0.0)])
 def test_weights_that_make_no_mean_are_refused(mine, theirs):
     model = build(nn.Linear(4, 3))

@@ -376,3 +376,14 @@ def test_input_factor(route, layout, dtype, device):
     rows = functional.unfold(x.to(dtype).double(), 3, padding=1).mT.reshape(-1, 180)
     rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
     assert_near(factor.dense(), rows.T @ rows / len(rows), ERROR[dtype])
+
+
+@device_of_test
+def test_input_factor_of_half_inputs(device):
+    x = normal(5, 20, 9, 11, seed=0)
+    factor = ConvInputFactor(20, 3, padding=1, half_inputs=True, route="lags")
+    factor.update(x.to(device, torch.float32))
+    rows = functional.unfold(x.bfloat16().double(), 3, padding=1).mT.reshape(-1, 180)
+    # Rounded inputs apart, a GPU adds up in float32; torch's products on a CPU end in bfloat16.
+    allowed = ERROR[torch.float32 if device == "cuda" else torch.bfloat16]
+    assert_near(factor.dense(), rows.T @ rows / len(rows), allowed)
