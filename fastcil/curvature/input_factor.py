@@ -66,11 +66,12 @@ class ConvInputFactor:
         half_inputs: Whether ``lags`` multiplies inputs rounded to bfloat16, faster where the
             hardware does that, with an error of 0.001 or 0.002; sums stay in ``dtype``. The
             other routes round nothing, and on a CPU ``spectra`` is faster still.
-        route: One of the routes; None chooses at the first update.
+        route: One of the routes; None chooses at the first update, and again at the first after
+            sums were loaded.
 
     Attributes:
         count: Samples times output positions added so far, less what decayed.
-        route: The route that is taken; None before the first update chose it.
+        route: The route that is taken; None before an update has chosen it.
 
     Raises:
         FastcilError: Arguments out of range, or a route that can't be taken.
@@ -113,7 +114,7 @@ class ConvInputFactor:
         self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
         if route in ("lags", "spectra") and not self._correlates:
             raise FastcilError(f"route is '{route}', which needs stride 1 and one group.")
-        self.route = route
+        self.route = self._asked = route
         self.count = 0.0
         self._sums: Lags | PatchSums | None = None
         self._spectra: Spectra | None = None
@@ -188,14 +189,16 @@ class ConvInputFactor:
                 self._sums.scale_(decay)
             spectra.add_images_(x, weights, decay)
         else:
-            self._sums = self._sums or self._no_sums(x.device)
+            self._sums = self._sums or self._no_sums(self.route, x.device)
             self._sums.add_images_(x, weights, decay)
         self.count = self.count * decay + len(x) * positions
 
     def _check_size(self, x: Tensor, image: Pair, outputs: Pair) -> None:
-        """Chooses the route at the first update; afterwards, whether it can take these images."""
+        """Chooses the route if there is none yet, and checks whether it can take these images."""
         if self.route is None:
             self.route = self._choose(x, image, outputs)
+            if isinstance(self._sums, Lags) and self.route == "patches":
+                self.route = "lags"  # as what was loaded is
         high, wide = self.window.border
         if self.route != "patches" and (high > image[0] or wide > image[1]):
             raise FastcilError(
@@ -203,9 +206,9 @@ class ConvInputFactor:
                 f"never sees; make the factor with route='patches'."
             )
 
-    def _no_sums(self, device: torch.device) -> Lags | PatchSums:
+    def _no_sums(self, route: Route | None, device: torch.device) -> Lags | PatchSums:
         window = self.window
-        if self.route == "patches":
+        if route == "patches":
             return PatchSums.zeros(
                 window, self.stride, self.in_channels, self.groups, self.dtype, device
             )
@@ -250,7 +253,8 @@ class ConvInputFactor:
     def _fold(self) -> None:
         """Turns frequencies into lags."""
         if self._spectra is not None:
-            self._sums = self._sums or self._no_sums(self._spectra.sums[0].device)
+            device = self._spectra.sums[0].device
+            self._sums = self._sums or self._no_sums("spectra", device)
             assert isinstance(self._sums, Lags)
             self._spectra.add_to(self._sums)
             self._spectra = None
@@ -323,11 +327,13 @@ class ConvInputFactor:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes the tensors of another factor's `state` in place of its own sums.
 
+        Lags may go on as frequencies: they are the same sums in the end.
+
         Raises:
             FastcilError: They are of another layer.
         """
-        self.route = "patches" if "gram" in state else "lags"
-        sums = self._no_sums(next(iter(state.values())).device)
+        route: Route = "patches" if "gram" in state else "lags"
+        sums = self._no_sums(route, next(iter(state.values())).device)
         wanted = {name: t.shape for name, t in sums.tensors().items()}
         given = {name: t.shape for name, t in state.items() if name in wanted}
         if given != wanted or self.bias != ("column" in state):
@@ -336,6 +342,10 @@ class ConvInputFactor:
             )
         for name in wanted:
             setattr(sums, name, state[name].to(self.dtype))
+        if route == "lags" and self._asked in (None, "spectra"):
+            self.route = self._asked
+        else:
+            self.route = route
         self._sums, self._spectra = sums, None
         self._column, self._weight = state.get("column"), state.get("weight")
         self.count = float(state["count"])

@@ -153,8 +153,11 @@ def test_merging_is_linear(route):
     assert torch.equal(two.dense(), theirs)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_saved_factor_goes_on(route):
+@pytest.mark.parametrize("route", [None, *ROUTES])
+@pytest.mark.parametrize("side", [6, 8])
+def test_a_saved_factor_goes_on(route, side):
+    """By the route of one that was not saved, on images of other sizes too."""
+
     def make():
         return ConvInputFactor(3, 3, padding=1, bias=True, route=route)
 
@@ -162,9 +165,25 @@ def test_a_saved_factor_goes_on(route):
     one.update(draw(4, 3, 6, 6, dtype=torch.float32))
     two.load_state({name: tensor.clone() for name, tensor in one.state().items()})
     assert torch.equal(one.dense(), two.dense())
-    for factor in (one, two):
-        factor.update(draw(4, 3, 6, 6, seed=1, dtype=torch.float32), decay=0.5)
+    for seed in (1, 2):
+        for factor in (one, two):
+            factor.update(draw(4, 3, side, 6, seed=seed, dtype=torch.float32), decay=0.5)
+        assert one.route == two.route == (route or one.route)
     assert torch.allclose(one.dense(), two.dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_lags_that_were_loaded_stay_lags_where_patches_would_be_chosen():
+    large, small = draw(2, 3, 9, 9), draw(2, 3, 4, 4, seed=1)
+    one, other = (ConvInputFactor(3, 3, dtype=torch.float64) for _ in range(2))
+    other.update(small)
+    assert other.route == "patches"
+    two = ConvInputFactor(3, 3, dtype=torch.float64, route="lags")
+    two.update(large)
+    one.load_state(two.state())
+    one.update(small)
+    layer = {"kernel": 3, "stride": 1, "padding": (0,) * 4, "dilation": 1}
+    rows = torch.cat([patches(x, **layer) for x in (large, small)])
+    assert one.route == "lags" and torch.allclose(one.dense(), rows.T @ rows / len(rows))
 
 
 def test_what_is_saved_must_fit():
