@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +53,13 @@ class Fisher(Addon):
             every: Epochs between two measurements.
             samples: Images of the task that it is measured on; all where there are fewer. Two
                 passes' activations of them are held meanwhile.
-            likelihood: ``categorical`` for softmax cross-entropy, ``gaussian`` for squared error:
-                which one the method minimises, it doesn't say.
+            likelihood: ``categorical`` for softmax cross-entropy, ``gaussian`` for squared error;
+                ``auto`` for the one that the method learns by (`fastcil.contract.Method`).
         """
 
         every: int = field(default=1, metadata={"epochs": True})
         samples: int = 256
-        likelihood: Likelihood = "categorical"
+        likelihood: Literal["auto", "categorical", "gaussian"] = "auto"
 
         def __post_init__(self) -> None:
             check_positive("every", self.every)
@@ -109,13 +109,18 @@ class Fisher(Addon):
         stage.before_epoch.append(look)
         stage.finish = end
 
+    @property
+    def _likelihood(self) -> Likelihood:
+        given = self.config.likelihood
+        return self.method.likelihood if given == "auto" else given
+
     def _eigenvalue(self, stage: Stage, sample: Examples) -> float:
         """Of the network as it is."""
         images = self.context.scan(lambda images: images, sample)
         return largest_eigenvalue(
             _Classifier(stage.method, stage.logits or self.method.logits),
             images,
-            self.config.likelihood,
+            self._likelihood,
             parameters=stage.parameters(),
         )
 
@@ -139,7 +144,7 @@ class Fisher(Addon):
         return [
             Record(
                 "curve",
-                f"Largest eigenvalue of the Fisher information ({_LOSSES[self.config.likelihood]})",
+                f"Largest eigenvalue of the Fisher information ({_LOSSES[self._likelihood]})",
                 {
                     "x": epochs,
                     "y": {"largest eigenvalue": values},

@@ -29,7 +29,8 @@ class Method(Persistent):
     in ``task.room`` how many there will be room for, and answers ``chosen``. One whose tasks bring
     extractors of their own says so by ``adds_extractors``: their batch norms must train.
     ``published_network`` holds what a method is published with of ``network.last_relu`` and
-    ``network.zero_init_residual``, where these are left open.
+    ``network.zero_init_residual``, where these are left open. ``likelihood`` tells by which loss
+    its primary stages learn: softmax cross-entropy is ``categorical``, squared error ``gaussian``.
 
     Args:
         config: The method's frozen Config.
@@ -42,6 +43,7 @@ class Method(Persistent):
     auto_augment: ClassVar[bool] = False
     adds_extractors: ClassVar[bool] = False
     published_network: ClassVar[Mapping[str, bool]] = MappingProxyType({})
+    likelihood: Literal["categorical", "gaussian"] = "categorical"
     network: Network
 
     def __init__(self, config: Any, context: Context) -> None:

@@ -164,6 +164,7 @@ class DLCFT(Method):
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.kept = Tensors()
+        self.likelihood = "gaussian" if config.loss == "squared" else "categorical"
         self.outputs = TaskOutputs(config.head)
         self.register_buffer("static", torch.empty(0, 0))
         self._hold: Hold | None = None
@@ -309,7 +310,7 @@ class DLCFT(Method):
             config.curvature,
             scores,
             layers,
-            likelihood="gaussian" if squared else "categorical",
+            likelihood=self.likelihood,
             estimator=config.estimator,
             samples=config.samples,
             identity=["network.head"] if squared and config.head == "all" else [],

@@ -45,6 +45,20 @@ def curve(addon):
     return record
 
 
+@pytest.mark.parametrize("given", ["auto", "categorical", "gaussian"])
+@pytest.mark.parametrize("own", ["categorical", "gaussian"])
+def test_the_method_s_likelihood_is_taken_unless_another_is_given(world, context, given, own):
+    method, addon = make(world, context, likelihood=given)
+    method.likelihood = own
+    task = world.make_task()
+    world.begin(method, addon, task)[0].before_epoch[0](0)
+    used = own if given == "auto" else given
+    seen = context.images(task.examples)
+    wanted = largest_eigenvalue(method.network, seen, used)
+    assert float(addon.measured[0, 2]) == pytest.approx(wanted, rel=1e-4)
+    assert ("squared error" in curve(addon).title) == (used == "gaussian")
+
+
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 def test_values_are_those_of_the_network_as_it_was(world, context, likelihood):
     method, addon = make(world, context, likelihood=likelihood)
@@ -170,7 +184,7 @@ def test_a_method_without_a_stage_that_learns_new_data(world, context):
     [
         ({"every": 0}, "every is 0"),
         ({"samples": 0}, "samples is 0"),
-        ({"likelihood": "poisson"}, "likelihood is 'poisson'; it must be one of categorical, gau"),
+        ({"likelihood": "poisson"}, "likelihood is 'poisson'; it must be one of auto, categorical"),
     ],
 )
 def test_bad_settings(options, words):
@@ -251,6 +265,11 @@ def test_mlps_trained_by_both_losses():
     """The commands behind Shon et al. 2022, Fig. 3, in small."""
     options = {"backbone": None, "network.name": "mlp", "network.width": 8}
     softmax = run("finetune+fisher", **options)
-    squared = run("dlcft+fisher", **options, **{"fisher.likelihood": "gaussian"})
-    for result, words in ((softmax, "softmax cross-entropy"), (squared, "squared error")):
+    squared = run("dlcft+fisher", **options)
+    nonlinear = run("dlcft+fisher", **options, **{"dlcft.loss": "softmax", "dlcft.linear": False})
+    for result, words in (
+        (softmax, "softmax cross-entropy"),
+        (squared, "squared error"),
+        (nonlinear, "softmax cross-entropy"),
+    ):
         assert any(words in r["title"] for r in result.outcomes[0].tasks[-1].records)
