@@ -14,7 +14,7 @@ from fastcil.data import Augmentation, ImageStore
 from fastcil.engine.context import EngineContext
 from fastcil.engine.options import Settings
 from fastcil.engine.resolve import make_augmentation, make_backbone_builder, natural_look, settle
-from fastcil.engine.weights import starting_from
+from fastcil.engine.weights import StartingFrom
 from fastcil.errors import CompositionError, FastcilError
 from fastcil.memory import (
     Budget,
@@ -44,6 +44,7 @@ class Parts:
         context: What the engine lends to method and addons.
         device: Where networks live.
         offered: Marks by which the last task's images were offered to memory, or None.
+        start: What builds extractors from ``network.weights``, or None.
     """
 
     method: Method
@@ -53,6 +54,7 @@ class Parts:
     context: EngineContext
     device: torch.device
     offered: Tensor | None = None
+    start: StartingFrom | None = None
 
     @classmethod
     def for_images(
@@ -110,10 +112,10 @@ class Parts:
                 f"whose batch norms must train; leave it 'train'."
             )
         bare = backbone or make_backbone_builder(network, size, method_class.published_network)
-        make = bare
+        make, start = bare, None
         if network.weights is not None:
             settled = None if backbone else settle(network, size)
-            make = starting_from(bare, network.weights, settings.state_dict, settled)
+            make = start = StartingFrom(bare, network.weights, settings.state_dict, settled)
         engine = settings.engine
         scanned = torch.bfloat16 if engine.scan_precision == "bf16" else None
         context = EngineContext(make, augmentation, device, engine.scan_batch, bare, scanned)
@@ -129,7 +131,7 @@ class Parts:
             selection=method.selection,
             keeps=method.keeps,
         )
-        return cls(method, addons, memory, augmentation, context, device)
+        return cls(method, addons, memory, augmentation, context, device, start=start)
 
     @property
     def learners(self) -> list[Method | Addon]:

@@ -158,6 +158,9 @@ class SeedRun:
         save = self._save_between_steps
         if number == 0 and self.plan.first_task:
             tell("shared", {"first_task": self.plan.first_task})
+        start = self.learner.parts.start
+        if number == 0 and start is not None and start.left:
+            tell("weights", {"left over": start.left})
         lesson = self.learner.learn_task(
             task, names, tell, save, resume, look, self._judges(task), self._first
         )

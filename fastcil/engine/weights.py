@@ -156,19 +156,19 @@ class Fit:
         """Whether something is left over that should not be."""
         return bool(self.missing or self.misshapen or self.unexpected)
 
+    def left(self) -> dict[str, list[str]]:
+        """All names that are left over, by why."""
+        reasons = {
+            "missing": self.missing,
+            "of another shape": self.misshapen,
+            "unexpected": self.unexpected,
+            "ignored as a classifier's": self.classifier,
+        }
+        return {reason: names for reason, names in reasons.items() if names}
+
     def leftovers(self) -> str:
-        """What is left over, as a part of a sentence."""
-        parts = [
-            f"{label} {_some(names)}"
-            for label, names in (
-                ("missing", self.missing),
-                ("of another shape", self.misshapen),
-                ("unexpected", self.unexpected),
-                ("ignored as a classifier's", self.classifier),
-            )
-            if names
-        ]
-        return "; ".join(parts)
+        """What is left over, as a part of a sentence: some of the names."""
+        return "; ".join(f"{reason} {_some(names)}" for reason, names in self.left().items())
 
 
 def fit(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> Fit:
@@ -230,12 +230,7 @@ def _prefixes(key: str) -> Iterable[str]:
     return (".".join([*parts[:count], ""]) if count else "" for count in range(len(parts)))
 
 
-def starting_from(
-    build: Callable[[], nn.Module],
-    weights: str,
-    state_dict: StateDict | None,
-    network: NetworkOptions | None,
-) -> Callable[[], nn.Module]:
+class StartingFrom:
     """Builds extractors that start from given weights.
 
     Args:
@@ -243,12 +238,28 @@ def starting_from(
         weights: ``network.weights``: a path, or the name of ``state_dict``.
         state_dict: The weights that were passed in Python.
         network: What ``build`` builds, nothing left open; None for one of the user's own.
+
+    Attributes:
+        left: All names that had no place in the last one built, by why (`Fit.left`).
     """
 
-    def start() -> nn.Module:
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        weights: str,
+        state_dict: StateDict | None,
+        network: NetworkOptions | None,
+    ) -> None:
+        self._build, self._network = build, network
+        self._weights, self._state_dict = weights, state_dict
+        self.left: dict[str, list[str]] = {}
+
+    def __call__(self) -> nn.Module:
+        """A new one."""
+        weights = self._weights
         description: dict[str, Any] = {}
-        if state_dict is not None:
-            tensors = state_dict.values
+        if self._state_dict is not None:
+            tensors = self._state_dict.values
         elif weights.startswith(_NAMED):
             raise FastcilError(
                 f"network.weights is '{weights}', a state_dict that was passed in Python, of which "
@@ -256,16 +267,14 @@ def starting_from(
             )
         else:
             tensors, description = read_weights(weights)
-        if network is not None:
-            _check_made_for(weights, description, network)
-        backbone = build()
-        _load(backbone, tensors, weights)
+        if self._network is not None:
+            _check_made_for(weights, description, self._network)
+        backbone = self._build()
+        self.left = _load(backbone, tensors, weights).left()
         return backbone
 
-    return start
 
-
-def _load(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def _load(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
     """Puts weights in their places; one warning says what is left over."""
     found = fit(backbone, tensors)
     kind = type(backbone).__name__
@@ -282,6 +291,7 @@ def _load(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
     own = backbone.state_dict()
     for name, value in found.taken.items():
         own[name].copy_(value)
+    return found
 
 
 @lru_cache(maxsize=256)

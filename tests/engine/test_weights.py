@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from fastcil.engine.groups import NetworkOptions
 from fastcil.engine.options import make_settings
 from fastcil.engine.resolve import make_backbone_builder, settle
 from fastcil.engine.weights import (
+    StartingFrom,
     StateDict,
     fit,
     read_weights,
     save_weights,
-    starting_from,
 )
 from fastcil.errors import FastcilError
 from fastcil.nn import build_backbone, resnet18, resnet20
@@ -76,7 +77,7 @@ def torchvision_names() -> list[str]:
 def started(tensors: dict[str, Tensor], backbone=lambda: resnet20(width=4)) -> nn.Module:
     """A network that starts from tensors passed in Python."""
     given = StateDict(tensors)
-    return starting_from(backbone, given.name, given, None)()
+    return StartingFrom(backbone, given.name, given, None)()
 
 
 def assert_has(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -139,6 +140,19 @@ def test_what_does_not_fit_is_one_warning_that_names_it(recwarn: pytest.Warnings
         assert part in said
     own = network.state_dict()
     assert torch.equal(own["stages.1.0.conv1.weight"], given["stages.1.0.conv1.weight"])
+
+
+def test_a_run_s_log_names_all_that_does_not_fit(tmp_path: Path) -> None:
+    weights = random_weights(resnet20(width=4), seed=12)
+    given = {name: value for name, value in weights.items() if not name.startswith("stages.2")}
+    options = {**OPTIONS, "network.weights": {**given, "fc.bias": torch.zeros(2)}}
+    with pytest.warns(UserWarning, match="in part: missing 30"):
+        fastcil.train("finetune", DATA, "lfs-2", run_dir=tmp_path, **options)
+    lines = (tmp_path / "seed-0" / "events.jsonl").read_text().splitlines()
+    (event,) = (e for e in map(json.loads, lines) if e["event"] == "weights")
+    counter = "num_batches_tracked"
+    lost = [n for n in weights if n.startswith("stages.2") and not n.endswith(counter)]
+    assert event["left over"] == {"missing": lost, "ignored as a classifier's": ["fc.bias"]}
 
 
 def test_nothing_is_said_of_a_classifier_or_of_counters() -> None:
@@ -230,7 +244,7 @@ def test_a_file_says_what_it_was_made_with(tmp_path: Path, changes, says: str | 
     del made["weights"]
     weights = random_weights(resnet20(width=4))
     save_weights(file, weights, {"network": made})
-    start = starting_from(lambda: resnet20(width=4), str(file), None, SMALL)
+    start = StartingFrom(lambda: resnet20(width=4), str(file), None, SMALL)
     if says is None:
         assert_has(start(), weights)
     else:
@@ -248,7 +262,7 @@ def test_weights_of_relu_start_a_network_of_leaky_relu(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return build_backbone("resnet20", 4, stem="cifar", activation="leaky")
 
-    assert_has(starting_from(build, str(file), None, leaky)(), weights)
+    assert_has(StartingFrom(build, str(file), None, leaky)(), weights)
 
 
 def test_settling_leaves_nothing_open() -> None:
