@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import fastcil.engine.report
 from fastcil.cli import main
 from fastcil.engine.state import load_state, save_state
 
@@ -121,14 +122,14 @@ def test_killed_three_times_ends_in_the_same_bits(
 # What stops in a process of all methods is in `test_interrupt`.
 @pytest.mark.parametrize(
     "method",
-    [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dlcft", "darkpp")),
-        "gem+samc",
-        "lecnet",
-    ],
+    [pytest.param("dlcft", marks=pytest.mark.slow), "darkpp", "gem+samc", "lecnet"],
 )
-def test_killed_in_the_second_task(method: str, tmp_path: Path, assert_same) -> None:
+def test_killed_in_the_second_task(
+    method: str, tmp_path: Path, assert_same, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is kept of the first, and what the later tasks make of it; a few-shot session too."""
+    # More than half of the time, and nothing that a kill could spoil: it is made of the results.
+    monkeypatch.setattr(fastcil.engine.report, "write_report", lambda run_dir: run_dir)
     FORKS.set_forkserver_preload(IMPORTS)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert main(command(whole, method)) == 0
