@@ -24,6 +24,7 @@ from typing import Any
 import bench_cam_boxes
 import bench_herding
 import bench_input_factor
+import bench_linearize
 import bench_pade
 import bench_penalty
 import bench_read
@@ -51,6 +52,7 @@ MODULES = (
     bench_herding,
     bench_input_factor,
     bench_penalty,
+    bench_linearize,
     bench_symbol_coder,
 )
 CASES: tuple[OpCase, ...] = tuple(case for module in MODULES for case in module.CASES)
@@ -232,7 +234,7 @@ def table(content: dict[str, Any]) -> str:
     peers = "".join(f", {name} {version}" for name, version in facts["peers"].items())
     if facts["device"] == "cpu":
         device = facts["processor"]
-        how = "reading, reconstruction and input factors on one thread, all else on two"
+        how = "reading, reconstruction, curvature, linearised networks on one thread, others on two"
     else:
         device = facts["device"]
         how = "by the GPU's clock, its cache empty; copy: as many bytes as the op must move"
