@@ -96,13 +96,22 @@ class LambdaEmbedding(nn.Module):
 
 
 def check_range(name: str, value: tuple[float, float]) -> tuple[float, float]:
-    """The two ends of a range of λ; raises unless 0 < low <= high < inf.
+    """The two ends of a range of λ as float32, which is what embeddings and bitstreams hold.
+
+    Whatever compares ranges compares these: most decimal fractions are no float32.
+
+    Raises:
+        FastcilError: Unless 0 < low <= high < inf.
 
     Example:
         >>> check_range("lambda_range", (32, 1024))
         (32.0, 1024.0)
+        >>> check_range("lambda_range", (29.26125, 29.26125))
+        (29.261249542236328, 29.261249542236328)
     """
-    low, high = (float(x) for x in value)
+    # On the CPU even where a model is built without memory, on torch's device "meta".
+    given = torch.tensor([float(x) for x in value], dtype=torch.float32, device="cpu")
+    low, high = given.tolist()
     if not 0 < low <= high < math.inf:
         raise FastcilError(
             f"{name} is {value}; it must be two positive numbers, the smaller one first."

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fastcil.compression.conditioning import check_range
 from fastcil.compression.model import CodecModel
 from fastcil.compression.objective import squared_error
 from fastcil.compression.training import CodecTraining, draw_lambdas, lambda_range
@@ -67,9 +68,7 @@ class CodecLearner(nn.Module):
         self.model = model
         self.trained = model.trainable(training.strategy)
         wanted = training.lambda_range or self.old_range
-        # As the embeddings hold it, in float32.
-        low, high = torch.tensor(wanted).tolist()
-        self.new_range = (low, high)
+        low, high = self.new_range = check_range("lambda_range", wanted)
         if low > self.old_range[0] or high < self.old_range[1]:
             raise FastcilError(
                 f"lambda_range is {wanted}; it must contain the range that the codec was trained "

@@ -168,7 +168,7 @@ ranges of their code on new rates (from 32 to 1024); ``small`` is 1 k steps (our
 
 
 def lambda_range(model: CodecModel) -> tuple[float, float]:
-    """The λ that a model's encoder was trained for, or is made for.
+    """The λ that a model's encoder was trained for, or is made for, as float32 (`check_range`).
 
     Example:
         >>> from fastcil.compression import build_codec
@@ -178,6 +178,19 @@ def lambda_range(model: CodecModel) -> tuple[float, float]:
     if "encoder" in model.embeddings:
         return cast(tuple[float, float], tuple(model.embeddings["encoder"].range.tolist()))
     return check_range("lambda_range", model.config.lambda_range)
+
+
+def is_trained_for(model: CodecModel, lmbda: float) -> bool:
+    """Whether a λ, as the float32 that a bitstream holds, is within a model's range.
+
+    Example:
+        >>> from fastcil.compression import build_codec
+        >>> model = build_codec("hierarchical-tiny", lambda_range=(29.26125, 785.2))
+        >>> is_trained_for(model, 29.26125), is_trained_for(model, 29.0)
+        (True, False)
+    """
+    low, high = lambda_range(model)
+    return low <= torch.tensor(lmbda, dtype=torch.float32, device="cpu").item() <= high
 
 
 def draw_lambdas(count: int, limits: tuple[float, float], generator: torch.Generator) -> Tensor:

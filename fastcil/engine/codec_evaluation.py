@@ -26,7 +26,7 @@ from fastcil.compression.evaluation import (
     spread,
 )
 from fastcil.compression.saving import load_codec
-from fastcil.compression.training import lambda_range
+from fastcil.compression.training import is_trained_for, lambda_range
 from fastcil.engine.codec_files import load_photos, streams_of
 from fastcil.engine.environment import environment
 from fastcil.engine.rate_plots import plot_rate_distortion
@@ -247,9 +247,9 @@ def _check_rates(lambdas: Sequence[float]) -> None:
 
 def _within(name: str, codec: ImageCodec, lambdas: Sequence[float]) -> tuple[float, ...]:
     """Those that a codec was trained for: it would code others as the nearest of them."""
-    low, high = lambda_range(codec.model)
-    found = tuple(lmbda for lmbda in lambdas if low <= lmbda <= high)
+    found = tuple(lmbda for lmbda in lambdas if is_trained_for(codec.model, lmbda))
     if not found:
+        low, high = lambda_range(codec.model)
         raise FastcilError(
             f"lambdas is {list(lambdas)}; '{name}' was trained from {low:g} to {high:g}, so give "
             f"one there at least."

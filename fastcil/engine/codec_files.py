@@ -13,7 +13,7 @@ from fastcil.compression.bitstream import MAX_PIXELS, Bitstream, inspect
 from fastcil.compression.codec import ImageCodec
 from fastcil.compression.errors import BitstreamError
 from fastcil.compression.evaluation import Photos
-from fastcil.compression.training import lambda_range
+from fastcil.compression.training import is_trained_for, lambda_range
 from fastcil.data import ImageStore, resolve
 from fastcil.data.listing import SUFFIXES, Source, list_source, read_source
 from fastcil.engine.state import write_atomically
@@ -97,8 +97,8 @@ def encode_files(
         FastcilError: As `ImageCodec.encode`; a λ that the codec was not trained for; a file that
             can't be written.
     """
-    low, high = lambda_range(codec.model)
-    if not low <= lmbda <= high:
+    if not is_trained_for(codec.model, lmbda):
+        low, high = lambda_range(codec.model)
         raise FastcilError(
             f"lambda is {lmbda:g}; the codec was trained from {low:g} to {high:g}, and would code "
             f"others as the nearest of these."

@@ -22,6 +22,7 @@ from fastcil.compression import (
     lambda_range,
 )
 from fastcil.compression.codec import ImageCodec
+from fastcil.compression.training import is_trained_for
 from fastcil.contract import Batch
 from fastcil.data import Examples, ImageStore, read_batch
 from fastcil.errors import FastcilError
@@ -32,6 +33,8 @@ TRAINED = {
     "kr": {"encoder", "posteriors", "decoder"},
     "all": {"encoder", "posteriors", "entropy", "decoder"},
 }
+
+COMPRESSAI = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
 
 
 def training(strategy: str = "kr", **changes: Any) -> CodecTraining:
@@ -264,6 +267,38 @@ def test_a_model_of_one_rate_learns_one() -> None:
         CodecLearner(build_codec("msh", hidden=4, latent=4), training("all"), seed=0)
     model = build_codec("msh", hidden=4, latent=4, lambda_range=(100.0, 100.0))
     assert CodecLearner(model, training("kr"), seed=0).new_range == (100, 100)
+
+
+# CompressAI's λ of its eight qualities on the scale of this package, and others.
+RATES = [*(lmbda * 255**2 / 4 for lmbda in COMPRESSAI), 29.26125, 0.1, 1 / 3, 1e-30, 1e30]
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("strategy", ["all", "enc", "kr"])
+def test_a_model_of_any_one_rate_learns_it(rate: float, strategy: str) -> None:
+    model = build_codec("msh", hidden=4, latent=4, lambda_range=(rate, rate))
+    kept = (float(np.float32(rate)),) * 2
+    for given in (None, (rate, rate), kept):
+        learner = CodecLearner(model, training(strategy, lambda_range=given), seed=0)
+        assert learner.old_range == learner.new_range == lambda_range(model) == kept
+        drawn = draw_lambdas(100, learner.new_range, learner.generator)
+        assert (drawn == kept[0]).all()
+
+
+@pytest.mark.parametrize("limits", [(29.26125, 785.2), (0.1, 0.7), (1 / 3, 1e5 / 3)])
+def test_a_range_contains_itself(limits: tuple[float, float]) -> None:
+    for name in ("msh-vr", "gma-vr"):
+        small = {"msh-vr": {"latent": 4}, "gma-vr": {"parameters": 4}}[name]
+        model = build_codec(name, hidden=4, embedding=4, lambda_range=limits, **small)
+        weights = copy.deepcopy(model.embeddings.state_dict())
+        learner = CodecLearner(model, training("kr", lambda_range=limits), seed=0)
+        assert learner.new_range == learner.old_range == lambda_range(learner.result)
+        assert all(torch.equal(v, weights[k]) for k, v in model.embeddings.state_dict().items())
+        assert all(is_trained_for(model, rate) for rate in limits)
+        assert not any(is_trained_for(model, rate) for rate in (0.999 * limits[0], 1e6))
+        with pytest.raises(FastcilError, match="it must contain the range"):
+            inner = (limits[0] * 1.001, limits[1])
+            CodecLearner(model, training("kr", lambda_range=inner), seed=0)
 
 
 @pytest.mark.parametrize("limits", [(32.0, 1024.0), (4.0, 1024.0), (7.0, 7.0)])

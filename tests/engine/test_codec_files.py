@@ -183,3 +183,13 @@ def test_a_stream_belongs_to_the_image_that_its_path_ends_in(tmp_path: Path) -> 
     ]
     with pytest.raises(DataError, match=r"a\.fcl is of none of the images, such as 'b'"):
         streams_of([tmp_path], ("b",))
+
+
+def test_the_ends_of_a_range_need_not_be_float32(tmp_path: Path, write: Write) -> None:
+    write("in/a.png")
+    codec = ImageCodec(build_codec("hierarchical-tiny", lambda_range=(29.26125, 785.2)))
+    for lmbda in (29.26125, 785.2):
+        ((path, _),) = encode_files(codec, [tmp_path / "in"], lmbda, tmp_path / "out")
+        assert inspect_file(path)["lmbda"] == np.float32(lmbda)
+    with pytest.raises(FastcilError, match=r"lambda is 29\.2; the codec was trained from"):
+        list(encode_files(codec, [tmp_path / "in"], 29.2, tmp_path / "out"))
