@@ -20,6 +20,7 @@ from fastcil.compression.training import CodecTraining, draw_lambdas, lambda_ran
 from fastcil.contract import Batch, Losses, Stage, Stepper, Stream
 from fastcil.data import Augmentation, Examples
 from fastcil.errors import FastcilError
+from fastcil.ops import send
 
 
 class CodecLearner(nn.Module):
@@ -82,7 +83,7 @@ class CodecLearner(nn.Module):
         if model.embeddings:
             model.rescale_embeddings(self.new_range)
         # Its counter stays on the CPU, where looking at it waits for nothing.
-        self.average = AveragedModel(model, multi_avg_fn=self._average) if training.ema else None
+        self.average = AveragedModel(model) if training.ema else None
         self.generator = torch.Generator().manual_seed(seed)
         self.train()
 
@@ -195,14 +196,14 @@ class CodecLearner(nn.Module):
 
     def _rate_distortion(self, images: Tensor) -> dict[str, Tensor]:
         """The rate-distortion objective of new images."""
-        rates = draw_lambdas(len(images), self.new_range, self.generator).to(images.device)
+        rates = self._rates(images, self.new_range)
         out = self.model(images, rates, generator=self._noise(images.device))
         return self.model.loss(out, images, rates)
 
     def _replay(self, images: Tensor) -> Tensor:
         """What the new decoder loses on the old codec's latents."""
         assert self.old is not None
-        rates = draw_lambdas(len(images), self.old_range, self.generator).to(images.device)
+        rates = self._rates(images, self.old_range)
         with torch.no_grad():
             out = self.old(images, rates)
         wanted = images if self.config.target == "originals" else out["x_hat"]
@@ -211,6 +212,11 @@ class CodecLearner(nn.Module):
         x_hat = self.model.reconstruct(latents, rates, (height, width))
         return (rates * squared_error(x_hat, wanted)).mean()
 
+    def _rates(self, images: Tensor, limits: tuple[float, float]) -> Tensor:
+        """A λ for each image, on its device without a wait for it."""
+        (rates,) = send((draw_lambdas(len(images), limits, self.generator),), images.device)
+        return rates
+
     def _noise(self, device: torch.device) -> torch.Generator:
         """Where the noise of a step comes from: a device's own generator is many times faster."""
         if device.type == "cpu":
@@ -218,14 +224,19 @@ class CodecLearner(nn.Module):
         (seed,) = torch.randint(2**62, (1,), generator=self.generator).tolist()
         return torch.Generator(device).manual_seed(seed)
 
-    def _average(
-        self, averaged: Sequence[Tensor], current: Sequence[Tensor], _: Tensor | int
-    ) -> None:
-        """One update of the moving average, whose decay grows from 0 to ``ema``."""
-        assert self.average is not None
+    def update_average(self) -> None:
+        """One update of the moving average, if there is one, whose decay grows from 0 to ``ema``.
+
+        `AveragedModel.update_parameters` would send its counter to the device and wait.
+        """
+        if self.average is None:
+            return
         config, done = self.config, int(self.average.n_averaged)
         decay = config.ema * (1 - math.exp(-done / config.ema_ramp))
+        averaged = [p.detach() for p in self.average.module.parameters()]
+        current = [p.detach() for p in self.model.parameters()]
         get_ema_multi_avg_fn(decay)(averaged, current, done)
+        self.average.n_averaged += 1
 
 
 @dataclass
@@ -237,6 +248,5 @@ class _CodecStage(Stage):
         losses = super().step(batches, stepper)
         learner = self.method
         assert isinstance(learner, CodecLearner)
-        if learner.average is not None:
-            learner.average.update_parameters(learner.model)
+        learner.update_average()
         return losses

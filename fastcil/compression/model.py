@@ -19,6 +19,7 @@ from fastcil.compression.fixed import FixedEntropy
 from fastcil.compression.objective import rate_distortion
 from fastcil.compression.phases import Phases
 from fastcil.errors import FastcilError
+from fastcil.ops import send
 
 Strategy = Literal["enc", "enc-dec", "kr", "all"]
 PART_NAMES = ("encoder", "posteriors", "entropy", "decoder")
@@ -322,7 +323,7 @@ class CodecModel(nn.Module, ABC):
         def add(q: Tensor, mean: Tensor) -> Tensor:
             device = q.device if generator is None else generator.device
             noise = torch.rand(q.shape, generator=generator, device=device, dtype=q.dtype)
-            return q + (noise - 0.5).to(q.device)
+            return q + send((noise - 0.5,), q.device)[0]
 
         return add
 

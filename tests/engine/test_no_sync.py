@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 import fastcil
 import fastcil.engine.learner
-from fastcil.data import load_examples
+from fastcil.compression import CodecLearner, CodecRecipe, CodecTraining, build_codec
+from fastcil.data import Examples, ImageStore, load_examples
 from fastcil.engine.trainer import Trainer
 from fastcil.ops import send
 
@@ -107,22 +108,23 @@ def test_no_step_waits_for_images_on_the_device(composition: str, monkeypatch) -
     assert waits_of(composition, monkeypatch, placed="device") == []
 
 
+@contextmanager
+def no_waits_allowed() -> Iterator[None]:
+    """Torch raises where something waits for a CUDA device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("placed", ["host", "device"])
 @pytest.mark.parametrize("composition", CASES)
 def test_no_step_waits_for_a_cuda_device(composition: str, placed: str, monkeypatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-
-    @contextmanager
-    def in_step() -> Iterator[None]:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    learn_two_tasks(composition, "cuda", monkeypatch, in_step, placed)
+    learn_two_tasks(composition, "cuda", monkeypatch, no_waits_allowed, placed)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,64 @@ def test_a_run_never_mixes_devices(composition: str, options: dict[str, Any], tm
             **{**OPTIONS, **options},
         )
     assert watch.mixes == []
+
+
+# A codec that learns from its own weights on: with its moving average, and with replay.
+CODECS = {
+    "pre-training": ("all", {"ema": 0.9}),
+    "replay of images": ("kr", {}),
+    "replay towards outputs": ("kr", {"target": "outputs", "lambda_range": (4.0, 4096.0)}),
+}
+
+
+def train_a_codec(
+    case: str, model: str, device: str, in_step: Callable[[], Any], monkeypatch
+) -> None:
+    """Two steps of a codec, each inside of what ``in_step`` gives."""
+    strategy, changes = CODECS[case]
+    step = Trainer._run_step
+
+    def watched(trainer: Trainer, *args: Any) -> int:
+        with in_step():
+            return step(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "_run_step", watched)
+    small = {} if model == "hierarchical-tiny" else {"hidden": 4, "latent": 4, "embedding": 4}
+    # The first step makes what later ones go on with, such as the optimiser's state.
+    recipe = CodecRecipe(epochs=1, lr=1e-3, batch_size=4)
+    config = CodecTraining(recipe, 2, 64, strategy=strategy, **changes)
+    images = ImageStore.from_batch(torch.arange(4 * 70 * 80 * 3).byte().view(4, 70, 80, 3))
+    photos = Examples(images, torch.zeros(4, dtype=torch.int64))
+    place = torch.device(device)
+    learner = CodecLearner(build_codec(model, **small).to(place), config, seed=0)
+    stage = learner.stage(photos, photos if strategy == "kr" else None)
+    Trainer(learner, learner.augmentation, place, (0,), lambda *_: None).run([stage])
+
+
+@pytest.mark.parametrize("case", CODECS)
+@pytest.mark.parametrize("model", ["hierarchical-tiny", "msh-vr"])
+def test_no_step_of_a_codec_waits(case: str, model: str, monkeypatch) -> None:
+    watch, steps = DeviceWatch(), []
+
+    @contextmanager
+    def in_step() -> Iterator[None]:
+        steps.append(1)
+        with watch.counting():
+            yield
+
+    with watch.running():
+        train_a_codec(case, model, str(DEVICE), in_step, monkeypatch)
+    assert len(steps) == 2
+    assert watch.waits == [] and watch.mixes == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CODECS)
+@pytest.mark.parametrize("model", ["hierarchical-tiny", "msh-vr"])
+def test_no_step_of_a_codec_waits_for_a_cuda_device(case: str, model: str, monkeypatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    train_a_codec(case, model, "cuda", no_waits_allowed, monkeypatch)
 
 
 WAITS: dict[str, Callable[[Tensor], Any]] = {
