@@ -204,12 +204,23 @@ class CodecLearner(nn.Module):
         """What the new decoder loses on the old codec's latents."""
         assert self.old is not None
         rates = self._rates(images, self.old_range)
-        with torch.no_grad():
-            out = self.old(images, rates)
-        wanted = images if self.config.target == "originals" else out["x_hat"]
-        latents = list(out["latents"].values())
-        height, width = images.shape[-2:]
-        x_hat = self.model.reconstruct(latents, rates, (height, width))
+        latents = self.old.quantised(images, rates)
+        originals = images if self.config.target == "originals" else None
+        return self._drift(latents, rates, (images.shape[-2], images.shape[-1]), originals)
+
+    def _drift(
+        self,
+        latents: Sequence[Tensor],
+        rates: Tensor,
+        size: tuple[int, int],
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """λ MSE of the new decoder's images from those wanted, or from the old decoder's."""
+        if wanted is None:
+            assert self.old is not None
+            with torch.no_grad():
+                wanted = self.old.reconstruct(latents, rates, size).clamp(0, 1)
+        x_hat = self.model.reconstruct(latents, rates, size)
         return (rates * squared_error(x_hat, wanted)).mean()
 
     def _rates(self, images: Tensor, limits: tuple[float, float]) -> Tensor:

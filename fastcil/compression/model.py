@@ -102,25 +102,36 @@ class CodecModel(nn.Module, ABC):
             FastcilError: x isn't [B, 3, H, W], or a λ that isn't positive.
         """
         rates = self.rates(lmbda, len(x), x.device)
-        features = self.features(x, rates)
-        embedding, reading = self.embed("entropy", rates), self.embed("encoder", rates)
-        draw = self._noisy(generator) if self.training else _rounded
-        latents, logs = {}, {}
+        logs = {}
 
-        def choose(i: int, state: Tensor, prior: Prior) -> Tensor:
-            z = draw(self.posterior(i, features, state, reading), prior.mean)
-            latents[self.latent_names[i]] = z
+        def note(i: int, z: Tensor, prior: Prior) -> None:
             logs[self.latent_names[i]] = prior.log_likelihood(z)
-            return z
 
-        zs, read = self._walk(choose, len(x), *self.padded(*x.shape[-2:]), embedding)
+        draw = self._noisy(generator) if self.training else _rounded
+        zs, read = self._encode(x, rates, draw, note)
         x_hat = self.decode(zs, read, rates)[..., : x.shape[-2], : x.shape[-1]]
         return {
             "x_hat": x_hat if self.training else x_hat.clamp(0, 1),
             "likelihoods": {name: value.exp() for name, value in logs.items()},
             "log_likelihoods": logs,
-            "latents": latents,
+            "latents": dict(zip(self.latent_names, zs, strict=True)),
         }
+
+    @torch.no_grad()
+    def quantised(self, x: Tensor, lmbda: float | Tensor) -> list[Tensor]:
+        """Latents as a bitstream carries them, z = round(q - mean) + mean; nothing is decoded.
+
+        Args:
+            x: RGB in 0..1, any sides.  # [B, 3, H, W]
+            lmbda: One λ, or one per image.  # [B]
+
+        Returns:
+            z of each latent, first to last, for `reconstruct`.
+
+        Raises:
+            FastcilError: As `forward`.
+        """
+        return self._encode(x, self.rates(lmbda, len(x), x.device), _rounded)[0]
 
     def loss(self, out: Mapping[str, Any], x: Tensor, lmbda: float | Tensor) -> dict[str, Tensor]:
         """See :func:`fastcil.compression.objective.rate_distortion`."""
@@ -298,6 +309,25 @@ class CodecModel(nn.Module, ABC):
     def structure(self) -> dict[str, Any]:
         """The settings, JSON-able: `build_model` of it gives a model of the same shape."""
         return {"kind": self.kind, **asdict(self.config)}
+
+    def _encode(
+        self,
+        x: Tensor,
+        rates: Tensor,
+        draw: Callable[[Tensor, Tensor], Tensor],
+        note: Callable[[int, Tensor, Prior], None] = lambda *_: None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Latents of images, and what the decoder reads of each; ``note`` is told of each too."""
+        features = self.features(x, rates)
+        reading = self.embed("encoder", rates)
+
+        def choose(i: int, state: Tensor, prior: Prior) -> Tensor:
+            z = draw(self.posterior(i, features, state, reading), prior.mean)
+            note(i, z, prior)
+            return z
+
+        padded = self.padded(*x.shape[-2:])
+        return self._walk(choose, len(x), *padded, self.embed("entropy", rates))
 
     def _walk(
         self,

@@ -212,6 +212,31 @@ def test_replay_may_aim_at_what_the_old_decoder_made(
     assert moved.losses(None, x)["replay"].item() == pytest.approx(naive, rel=1e-4)
 
 
+@pytest.mark.parametrize("target", ["originals", "outputs"])
+def test_the_old_decoder_runs_only_where_it_is_the_target(
+    lively: Callable[[str], CodecModel],
+    images: Callable[..., torch.Tensor],
+    target: str,
+) -> None:
+    learner = CodecLearner(lively("hierarchical-tiny"), training(target=target), seed=0)
+    runs = []
+    learner.old.decoder.register_forward_hook(lambda *_: runs.append(1))
+    learner.losses(images(1, 64, 64), images(2, 64, 64))
+    assert len(runs) == (target == "outputs")
+
+
+@pytest.mark.parametrize("name", ["hierarchical-tiny", "msh-vr"])
+def test_quantised_latents_are_those_of_the_whole_pass(
+    lively: Callable[[str], CodecModel], images: Callable[..., torch.Tensor], name: str
+) -> None:
+    model, x = lively(name), images(2, 50, 70)
+    with torch.no_grad():
+        wanted = model(x, 100.0)["latents"]
+    # In training too: what is replayed carries no noise.
+    found = model.train().quantised(x, 100.0)
+    assert all(torch.equal(z, wanted[k]) for k, z in zip(wanted, found, strict=True))
+
+
 def test_a_larger_range_rescales_the_learning_embeddings_once(
     lively: Callable[[str], CodecModel],
 ) -> None:
