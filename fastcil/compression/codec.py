@@ -41,8 +41,10 @@ class ImageCodec:
 
     Args:
         model: The model, on any device.
-        max_pixels: Larger images are refused, in coding and in decoding: a stream of a few bytes
-            may claim any size, and time and memory of decoding are proportional to it.
+        max_pixels: Larger images are refused, in coding and in decoding, as time and memory are
+            proportional to the size. A stream that claims a larger image than its bytes can hold is
+            refused at the latent where they end, which is mostly the first and smallest; but an
+            image of one colour may have few bytes, whatever its size.
 
     Example:
         >>> from fastcil.compression.zoo import build_codec

@@ -16,6 +16,8 @@ from fastcil.errors import FastcilError
 
 _WORD = 4
 _CHUNK = 16
+# Zeros at the end that need not be written: more would take from the decoder's sense of the end.
+_SPARED = 16
 
 
 class SymbolEncoder:
@@ -106,8 +108,9 @@ class SymbolEncoder:
     def finish(self) -> bytes:
         """The bytes of all symbols so far; more may be appended, and `finish` called again.
 
-        They are the fewest that lie in the coder's last interval. A decoder that reads zeros
-        beyond the end needs no more.
+        They are the fewest that lie in the coder's last interval, but that at most 16 zeros are
+        left away at the end. A decoder that reads zeros beyond the end needs no more, and by their
+        number knows what symbols can't have been coded (`SymbolDecoder`).
         """
         words = self._encoder.get_compressed().astype(">u4").tobytes()
         position, (lower, width) = self._encoder.pos()
@@ -122,14 +125,24 @@ class SymbolEncoder:
                 if point - lower < width and point < 1 << 64:
                     tail = point.to_bytes(8, "big")[:length]
                     break
-        return (head + tail).rstrip(b"\0")
+        data = head + tail
+        return data[: max(len(data.rstrip(b"\0")), len(data) - _SPARED)]
 
 
 class SymbolDecoder:
-    """The counterpart of `SymbolEncoder`.
+    r"""The counterpart of `SymbolEncoder`.
 
     It decodes any bytes, in time and memory that the number of symbols bounds: what it makes of
     bytes that no encoder wrote are some symbols or an error.
+
+    A few bytes are not taken for many symbols: n symbols of frequencies f leave the encoder an
+    interval of at most
+
+    .. math:: 2^{-b}, \qquad b = \sum_{i=1}^{n} (24 - \log_2 f_i)
+
+    and of its b bits it leaves away up to one word, which is in its state, and 16 zero bytes. Once
+    b is more than that beyond the bytes there are, no encoder wrote them, and what comes after need
+    not be looked at; with bytes that an encoder did write it never is.
 
     Args:
         data: What `SymbolEncoder.finish` gave.
@@ -143,6 +156,8 @@ class SymbolDecoder:
         padded = data + bytes(-len(data) % _WORD)
         words = np.frombuffer(padded, ">u4").astype(np.uint32)
         self._decoder = self._stream.queue.RangeDecoder(words)
+        # One bit for the rounding of logarithms.
+        self._bits_left = 8.0 * (len(data) + _WORD + _SPARED) + 1
 
     def decode(self, index: NDArray[Any], tables: Tables) -> NDArray[np.int32]:
         """The next symbols.
@@ -163,6 +178,7 @@ class SymbolDecoder:
         slots = np.empty(order.size, np.int32)
         for table, span in _spans(counts):
             slots[span] = self._take(_models(tables)[table], span.stop - span.start)
+        self._spend(tables.costs[np.repeat(tables.starts, counts) + slots])
         low = np.repeat(tables.low, counts)
         ordered = slots + low
         escape = np.repeat(tables.slots - 1, counts)
@@ -179,7 +195,10 @@ class SymbolDecoder:
         Raises:
             BitstreamError: As `decode`.
         """
-        return self._take(_rows_model(), _weights(frequencies))
+        slots = self._take(_rows_model(), _weights(frequencies))
+        taken = np.take_along_axis(frequencies, slots[:, None].astype(np.int64), 1)
+        self._spend(PRECISION - np.log2(taken))
+        return slots
 
     def decode_outside(self, low: NDArray[np.int32], high: NDArray[np.int32]) -> NDArray[np.int32]:
         """The next symbols, int32 [N], that lie outside low to high.
@@ -188,6 +207,7 @@ class SymbolDecoder:
             BitstreamError: As `decode`.
         """
         bits = self._take(_gamma_model(), low.size).astype(np.int64)
+        self._spend(PRECISION - np.log2(_gamma_frequencies()[bits]) + bits + 1)
         tail = self._take_bits(np.minimum(bits + 1, _CHUNK))
         rest = (bits + 1 > _CHUNK).nonzero()[0]
         if rest.size:
@@ -203,6 +223,15 @@ class SymbolDecoder:
         """The next numbers of 1 to 16 bits."""
         sizes = (1 << bits).astype(np.int32)
         return self._take(self._stream.model.Uniform(), sizes).astype(np.int64)
+
+    def _spend(self, bits: NDArray[Any]) -> None:
+        """Counts what symbols cost, and stops where the bytes can't have held them."""
+        self._bits_left -= float(bits.sum())
+        if self._bits_left < 0:
+            raise BitstreamError(
+                "The payload is shorter than the symbols that it is said to hold; it is damaged, "
+                "or of a smaller image."
+            )
 
     def _take(self, model: Any, amount: Any) -> NDArray[np.int32]:
         try:

@@ -168,6 +168,57 @@ def test_any_bytes_decode_or_are_refused() -> None:
         assert symbols.shape == index.shape
 
 
+@pytest.mark.parametrize("edges", [[0.0, 0.5, 1.0], [0.0, 0.999, 1.0], [0.0, 0.01, 0.5, 1.0]])
+@pytest.mark.parametrize("count", [1, 7, 300, 5000])
+def test_what_ends_in_zeros_is_no_less_decoded(edges: list[float], count: int) -> None:
+    """Symbols of the first slots alone: every bit of them is a zero."""
+    tables, index = Tables.from_cdf([0], [np.array(edges)]), np.zeros(count, np.uint8)
+    symbols = np.zeros(count, np.int32)
+    data = encode(symbols, index, tables)
+    assert not any(data)
+    assert len(data) <= max(information(symbols, index, tables) / 8 + 3 - 16, 0)
+    np.testing.assert_array_equal(SymbolDecoder(data).decode(index, tables), symbols)
+    symbols[0] = 1  # then a number that the zeros follow
+    data = encode(symbols, index, tables)
+    np.testing.assert_array_equal(SymbolDecoder(data).decode(index, tables), symbols)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 400)), max_size=6))
+def test_runs_of_first_and_last_slots_come_back(runs: list[tuple[int, int]]) -> None:
+    """Carries and zeros where the coder's words end."""
+    tables = Tables.from_cdf([0], [np.array([0.0, 0.3, 0.31, 0.9999, 1.0])])
+    symbols = np.concatenate([[0], *(np.full(n, s) for s, n in runs)]).astype(np.int32)
+    index = np.zeros(len(symbols), np.uint8)
+    encoder = SymbolEncoder()
+    encoder.encode(symbols, index, tables)
+    rows = np.tile([TOTAL - 3, 1, 1, 1], (len(symbols), 1))
+    encoder.encode_rows(symbols, rows)
+    decoder = SymbolDecoder(encoder.finish())
+    np.testing.assert_array_equal(decoder.decode(index, tables), symbols)
+    np.testing.assert_array_equal(decoder.decode_rows(rows), symbols)
+
+
+@pytest.mark.parametrize("length", [0, 1, 10, 100])
+def test_more_symbols_than_bytes_can_hold_are_refused(length: int) -> None:
+    """After as many as they hold, and 20 bytes' worth of what follows."""
+    index = np.full(64, 40, np.uint8)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        decoder, bits = SymbolDecoder(rng.bytes(length)), 0.0
+        with pytest.raises(BitstreamError, match="payload"):
+            for _ in range(100):
+                bits += information(decoder.decode(index, TABLES), index, TABLES)
+        assert bits <= 8 * (length + 20) + 1
+        outside = SymbolDecoder(rng.bytes(length))
+        with pytest.raises(BitstreamError, match="payload"):
+            for _ in range(100):
+                outside.decode_outside(*np.zeros((2, 64), np.int32))
+        rows = SymbolDecoder(rng.bytes(length))
+        with pytest.raises(BitstreamError, match="shorter than the symbols"):
+            for _ in range(100):
+                rows.decode_rows(np.full((64, 4), TOTAL // 4))
+
+
 def test_bad_arguments() -> None:
     symbols, index = draw(4, 30.0, seed=0)
     encoder = SymbolEncoder()
