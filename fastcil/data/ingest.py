@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def ingest(
     short_side: int | None = None,
     workers: int | None = None,
     skip_bad: bool = False,
+    unlabelled: bool = False,
     chunk_nbytes: int = CHUNK_NBYTES,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -57,6 +59,8 @@ def ingest(
             (OpenCV's ``INTER_AREA``); None leaves all as they are.
         workers: Processes that decode; None for as many as there are processors.
         skip_bad: As `fastcil.data.load` has it.
+        unlabelled: Takes the images that `fastcil.data.load_images` takes, of a tree of any form:
+            what a learned codec is trained on. They are all of one class, and none is for testing.
         chunk_nbytes: About how many bytes of pixels are decoded and noted together.
         tell: Hears what is going to be written and how far it is, a line at a time.
 
@@ -87,12 +91,13 @@ def ingest(
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}; it must be at least 1")
     source, out = os.fspath(source), Path(out)
-    if _is_finished(source, out, short_side):
+    form = {"short_side": short_side, "unlabelled": unlabelled}
+    if _is_finished(source, out, form):
         tell(f"{out}: complete already")
         return out
     folder = out.with_name(f".{out.name}.ingest")
     with locked(folder, "out", "give another folder"):
-        plan = _plan(source, folder, short_side, skip_bad, chunk_nbytes, tell)
+        plan = _plan(source, folder, form, skip_bad, chunk_nbytes, tell)
         journal = Journal.open(folder / JOURNAL)
         count = workers or len(usable_cores())
         _announce(plan, journal, folder, out, count, tell)
@@ -106,13 +111,14 @@ def ingest(
     return out
 
 
-def _is_finished(source: str, out: Path, short_side: int | None) -> bool:
-    """Whether the folder is there already, made from this source."""
+def _is_finished(source: str, out: Path, form: dict[str, Any]) -> bool:
+    """Whether the folder is there already, made from this source in this form."""
     if not out.exists():
         return False
     if is_mapped(out):
         manifest = read_manifest(out)
-        if (manifest["source"], manifest["short_side"]) == (_place(source), short_side):
+        made = {"unlabelled": False, **manifest}
+        if made["source"] == _place(source) and all(made[k] == v for k, v in form.items()):
             _check_unchanged(source, out)
             _tidy(out)
             return True
@@ -125,7 +131,7 @@ def _check_unchanged(source: str, out: Path) -> None:
     if kept is None:
         return
     try:
-        make_plan(source, kept["short_side"], True, kept["chunk_nbytes"], kept["headers"])
+        make_plan(source, skip_bad=True, known=kept.pop("headers"), **kept)
     except ChangedError:
         raise
     except DataError:  # it is gone, which is what one makes the folder for
@@ -140,7 +146,7 @@ def _place(source: str) -> str:
 def _plan(
     source: str,
     folder: Path,
-    short_side: int | None,
+    form: dict[str, Any],
     skip_bad: bool,
     chunk_nbytes: int,
     tell: Callable[[str], None],
@@ -148,14 +154,15 @@ def _plan(
     """The plan kept in the folder, if the source is still the same; else a new one, kept there."""
     kept = read_plan(folder)
     if kept is not None:
-        if kept["short_side"] != short_side:
-            raise DataError(
-                f"short_side is {short_side}, and was {kept['short_side']} when '{folder}' was"
-                f" begun; leave it so, or remove that folder"
-            )
-        return make_plan(source, short_side, skip_bad, kept["chunk_nbytes"], kept["headers"])
+        for name, value in form.items():
+            if kept[name] != value:
+                raise DataError(
+                    f"{name} is {value}, and was {kept[name]} when '{folder}' was begun; leave it"
+                    f" so, or remove that folder"
+                )
+        return make_plan(source, skip_bad=skip_bad, known=kept.pop("headers"), **kept)
     tell(f"{source}: reading the headers of its images")
-    plan = make_plan(source, short_side, skip_bad, chunk_nbytes)
+    plan = make_plan(source, skip_bad=skip_bad, chunk_nbytes=chunk_nbytes, **form)
     plan.save(folder)
     return plan
 
@@ -256,8 +263,12 @@ def _complete(
     if bad and not skip_bad:  # noted when they were to be left out
         raise DataError(next(iter(bad.values())))
     if bad:
-        data = _without(data, bad, source)
-    about = {"source": _place(source), "short_side": plan.short_side}
+        data = _without(data, bad, source, plan.unlabelled)
+    about = {
+        "source": _place(source),
+        "short_side": plan.short_side,
+        "unlabelled": plan.unlabelled,
+    }
     write_rest(folder, data, plan.nbytes, chunks, about)
     return data
 
@@ -271,11 +282,14 @@ def _turn(data: Dataset, turned: dict[int, list[int]]) -> Dataset:
     return data
 
 
-def _without(data: Dataset, bad: dict[int, str], source: str) -> Dataset:
+def _without(data: Dataset, bad: dict[int, str], source: str, unlabelled: bool) -> Dataset:
     """Without the images that did not decode, and classes that have none any more."""
     kept = torch.ones(len(data.train) + len(data.test), dtype=torch.bool)
     kept[list(bad)] = False
     train, test = kept.split([len(data.train), len(data.test)])
+    if unlabelled:
+        skipped = (*data.skipped, *bad.values())
+        return replace(data, train=data.train.view(train), skipped=skipped)
     files = data.train_files
     if files is not None:
         files = tuple(f for f, keep in zip(files, train.tolist(), strict=True) if keep)

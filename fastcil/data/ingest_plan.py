@@ -21,6 +21,7 @@ from fastcil.data.listing import Listing, Parts, Source, Stretch, read_source
 from fastcil.data.mapped import scale_boxes
 from fastcil.data.sources import load_by
 from fastcil.data.store import Dataset, Examples, ImageStore
+from fastcil.data.unlabelled import tree_by
 from fastcil.errors import DataError
 from fastcil.files.atomic import write_atomically
 from fastcil.files.decode import check_side, decode_image, shrink, shrunk_size
@@ -202,6 +203,7 @@ class IngestPlan:
         short_side: What shorter sides are shrunk to, or None.
         chunk_nbytes: About how many bytes a chunk has.
         headers: What the plan was made from.
+        unlabelled: Whether the images have no classes.
     """
 
     data: Dataset
@@ -211,6 +213,7 @@ class IngestPlan:
     short_side: int | None
     chunk_nbytes: int
     headers: Headers
+    unlabelled: bool = False
 
     @property
     def sizes(self) -> Tensor:
@@ -229,6 +232,7 @@ class IngestPlan:
             "chunk_nbytes": self.chunk_nbytes,
             "digests": self.headers.digests,
             "bad": list(self.headers.bad.items()),
+            "unlabelled": self.unlabelled,
         }
         write_atomically(folder / SIZES, bytes_of({"sizes": self.headers.sizes}))
         write_atomically(folder / PLAN, json.dumps(plan).encode())
@@ -248,7 +252,7 @@ class IngestPlan:
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """What `IngestPlan.save` kept: ``short_side``, ``chunk_nbytes`` and ``headers``.
+    """What `IngestPlan.save` kept: ``short_side``, ``chunk_nbytes``, ``unlabelled``, ``headers``.
 
     Args:
         folder: Where.
@@ -265,7 +269,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     plan = json.loads((folder / PLAN).read_bytes())
     sizes = tensors_of((folder / SIZES).read_bytes())["sizes"]
     plan["headers"] = Headers(plan.pop("digests"), sizes, dict(plan.pop("bad")))
-    return dict(plan)
+    return {"unlabelled": False, **plan}
 
 
 def make_plan(
@@ -274,6 +278,7 @@ def make_plan(
     skip_bad: bool,
     chunk_nbytes: int,
     known: Headers | None = None,
+    unlabelled: bool = False,
 ) -> IngestPlan:
     """Reads the headers of all images and gives each its place.
 
@@ -283,12 +288,13 @@ def make_plan(
         skip_bad: As there.
         chunk_nbytes: About how many bytes a chunk is to have.
         known: What the headers said before; they are not read again.
+        unlabelled: Whether its images are taken as `fastcil.data.load_images` takes them.
 
     Raises:
         DataError: As `fastcil.data.load`; or if the source changed since its headers were read.
     """
     reader = HeaderReader(known)
-    data = load_by(source, reader, skip_bad=skip_bad)
+    data = (tree_by if unlabelled else load_by)(source, reader, skip_bad=skip_bad)
     parts = [data.train, data.test]
     numbers = torch.cat([part.images.offsets for part in parts])
     old = torch.cat([part.images.sizes for part in parts])
@@ -316,4 +322,5 @@ def make_plan(
         short_side,
         chunk_nbytes,
         reader.headers,
+        unlabelled,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcil import ops
+from fastcil.data.arena import Arena
 from fastcil.data.gather import gather_bytes
 from fastcil.data.pixels import as_tensor, check_side
 from fastcil.errors import FastcilError
@@ -71,13 +72,13 @@ class ImageStore:
         """A raw store of images of any sizes.
 
         Args:
-            images: uint8 [H, W, 3] each, RGB. Held twice for as long as it takes to join them.
+            images: uint8 [H, W, 3] each, RGB. Each is copied as it comes, and not kept.
 
         Raises:
             FastcilError: An image of another dtype or shape, or with a side above 32767; its
                 position is named.
         """
-        flat: list[Tensor] = []
+        arena = Arena()
         sizes: list[tuple[int, int]] = []
         for number, image in enumerate(images):
             tensor = as_tensor(image, f"images[{number}]")
@@ -87,9 +88,9 @@ class ImageStore:
                 )
             check_side(tensor.shape[0], tensor.shape[1], f"images[{number}]")
             sizes.append((tensor.shape[0], tensor.shape[1]))
-            flat.append(tensor.reshape(-1))
-        pixels = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
-        return cls.from_pixels(pixels, torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2))
+            arena.add(tensor.reshape(-1))
+        heights_widths = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
+        return cls.from_pixels(arena.finish(), heights_widths)
 
     @classmethod
     def from_batch(cls, images: np.ndarray[Any, Any] | Tensor) -> ImageStore:

@@ -262,6 +262,7 @@ class IngestArguments:
         short_side: Shrink images until their shorter side has so many pixels.
         workers: Processes that decode; as many as there are processors if not given.
         skip_bad: Leave out, count and list images that can't be used, instead of stopping.
+        unlabelled: Take all images of a tree of any form, without classes, as codecs learn from.
         chunk_nbytes: About how many bytes of pixels are decoded and noted together.
         verify: Check all checksums of this folder instead, and name the first damaged chunk.
     """
@@ -269,6 +270,7 @@ class IngestArguments:
     short_side: int | None = None
     workers: int | None = None
     skip_bad: bool = False
+    unlabelled: bool = False
     chunk_nbytes: int = CHUNK_NBYTES
     verify: str | None = None
 

@@ -70,6 +70,33 @@ def test_of_parts_for_training_and_test_one_learns_from_the_former(tree: Path) -
     assert greys(load_images(tree)) == [4]
 
 
+@pytest.mark.parametrize(
+    ("files", "kept"),
+    [
+        (["train2017/a", "val2017/b", "test2017/c"], ["train2017/a"]),
+        (["train/a", "val/b", "train/deep/c"], ["train/a", "train/deep/c"]),
+        (["Training/a", "validation/b"], ["Training/a"]),
+        (["train-set/a", "test_set/b", "valid/c"], ["train-set/a"]),
+        (["images/train2017/a", "images/val2017/b", "c"], ["c", "images/train2017/a"]),
+        (["train/x/a", "val/x/b", "celeba/train/male/c", "celeba/val/male/d"], ["train/x/a"]),
+        (["coco/train2017/a", "coco/val2017/b", "more/d"], ["coco/train2017/a", "more/d"]),
+        # No part of the other kind lies beside it, or what looks like one is a file.
+        (["train2017/a", "photos/val2017/b"], ["photos/val2017/b", "train2017/a"]),
+        (["train/a", "trains/b", "contest/c"], ["contest/c", "train/a", "trains/b"]),
+        (["val/a", "test/b"], ["test/b", "val/a"]),
+        (["train/a", "test"], ["test", "train/a"]),
+    ],
+)
+def test_parts_for_training_go_by_their_names(
+    tmp_path: Path, files: list[str], kept: list[str]
+) -> None:
+    for number, name in enumerate(files):
+        file = tmp_path / "in" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), np.full((4, 5, 3), number, np.uint8))
+    assert greys(load_images(tmp_path / "in")) == [files.index(name) for name in kept]
+
+
 def test_labelled_sources_lose_their_labels() -> None:
     assert len(load_images("scenes:classes=2,size=32,train_per_class=3,test_per_class=1")) == 6
     pair = (np.zeros((3, 8, 8, 3), np.uint8), np.arange(3))
