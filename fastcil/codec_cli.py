@@ -120,10 +120,14 @@ def _verify(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
+    from fastcil.compression.quality import ms_ssim_missing
     from fastcil.engine.codec_arguments import parse_use
     from fastcil.engine.codec_evaluation import evaluate_files
 
     options = parse_use("eval", arguments)
+    missing = ms_ssim_missing()
+    if missing is not None:
+        print(missing)
     result = evaluate_files(**options, notify=_show)
     first = next(iter(result.curves))
     for curve, rates in result.bd_rates().items():

@@ -86,6 +86,30 @@ def test_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
 
 
+def test_eval_beside_others_and_without_ms_ssim(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_codec(folder / "one", build_codec("msh", hidden=4, latent=4, lambda_range=(99.0, 99.0)))
+    command = "eval codec.safetensors in --out beside --lambdas 32,500 --beside msh=one"
+    out, _ = run(f"{command} --device cpu", capsys)
+    assert "MS-SSIM is" not in out
+    assert out.splitlines()[2].startswith("msh at 99: ")
+    assert "msh: no BD-rate against codec: they share too few PSNRs" in out
+    monkeypatch.setattr("fastcil.compression.quality.ms_ssim_available", lambda: False)
+    out, _ = run(f"{command} --device cpu", capsys)
+    assert out.startswith("MS-SSIM is measured by the package pytorch-msssim, which is not insta")
+    assert out.count("MS-SSIM") == 1 and "pip install 'fastcil[codec]'" in out.splitlines()[0]
+
+
+def test_the_limit_is_the_same_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    run("encode codec.safetensors in/b.png --lambda 64 --out large --max_pixels 200", capsys)
+    for command in ("inspect large/b.fcl", "eval codec.safetensors in/b.png --lambdas 64 --out x"):
+        _, err = run(f"{command} --max_pixels 199", capsys, code=2)
+        assert "199 (max_pixels)" in err
+        out, _ = run(f"{command} --max_pixels 200", capsys)
+        assert "nbytes" in out or "result: x" in out
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

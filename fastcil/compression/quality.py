@@ -9,6 +9,10 @@ from torch import Tensor
 
 from fastcil.errors import FastcilError
 
+_MISSING = (
+    "MS-SSIM is measured by the package pytorch-msssim, which is not installed; "
+    "pip install 'fastcil[codec]'."
+)
 _WINDOW = 11
 _SCALES = 5
 LEAST_MS_SSIM_SIDE = (_WINDOW - 1) * 2 ** (_SCALES - 1) + 1
@@ -72,10 +76,7 @@ def ms_ssim(image: Tensor, reference: Tensor) -> float | None:
     try:
         from pytorch_msssim import ms_ssim as measure
     except ImportError as error:
-        raise FastcilError(
-            "MS-SSIM is measured by the package pytorch-msssim, which is not installed; "
-            "pip install 'fastcil[codec]'."
-        ) from error
+        raise FastcilError(_MISSING) from error
     pair = [x.permute(2, 0, 1)[None].float() for x in (image, reference)]
     return float(measure(*pair, data_range=255))
 
@@ -83,6 +84,11 @@ def ms_ssim(image: Tensor, reference: Tensor) -> float | None:
 def ms_ssim_available() -> bool:
     """Whether the package that measures MS-SSIM is installed."""
     return importlib.util.find_spec("pytorch_msssim") is not None
+
+
+def ms_ssim_missing() -> str | None:
+    """What to tell those whose figures are without MS-SSIM; None where it can be measured."""
+    return None if ms_ssim_available() else _MISSING
 
 
 def _check(image: Tensor, reference: Tensor) -> None:

@@ -86,7 +86,15 @@ def _eval(parser: ArgumentParser) -> None:
         default=None,
         help="the model after fine-tuning, measured too, and with old files",
     )
+    parser.add_argument(
+        "--beside",
+        type=str,
+        default="",
+        help="more models, FILE or NAME=FILE with commas between; those of one name, such as "
+        "models of one rate each, make one curve",
+    )
     parser.add_argument("--device", type=str, default="auto")
+    _add_limit(parser)
 
 
 _COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = MappingProxyType(
@@ -120,6 +128,7 @@ def parse_use(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     if command == "eval":
         parsed["lambdas"] = None if parsed["lambdas"] is None else _numbers(parsed["lambdas"])
         parsed["anchors"] = _names(parsed["anchors"])
+        parsed["beside"] = tuple(part for part in parsed["beside"].split(",") if part)
     return parsed
 
 

@@ -16,6 +16,7 @@ import matplotlib
 
 from fastcil.compression.anchors import ANCHORS, VTM_KODAK, installed_anchors
 from fastcil.compression.bd_rate import Fit, Points, bd_rate
+from fastcil.compression.bitstream import MAX_PIXELS
 from fastcil.compression.codec import ImageCodec
 from fastcil.compression.evaluation import (
     Photos,
@@ -115,8 +116,12 @@ class CodecResult:
         write_atomically(folder / RESULT, text.encode())
 
 
+Codecs = ImageCodec | Sequence[ImageCodec]
+"""A codec; or some that make one curve together, as those of one rate each do."""
+
+
 def evaluate_codecs(
-    codecs: Mapping[str, ImageCodec],
+    codecs: Mapping[str, Codecs],
     photos: Photos,
     lambdas: Sequence[float] | None = None,
     anchors: Sequence[str] = (),
@@ -124,16 +129,20 @@ def evaluate_codecs(
     config: Mapping[str, Any] | None = None,
     notify: Notify = _quiet,
 ) -> CodecResult:
-    """Rates and distortions of a codec, of the one that it was trained on to, and of others.
+    """Rates and distortions of codecs, such as one, those that it was trained on to, and others.
 
-    Old bitstreams through a decoder are a curve of their own, ``NAME, old bitstreams``: of every
-    codec if they are given; else, of two codecs, the first one's files through the second.
+    Old bitstreams through a decoder are a curve of their own, ``NAME, old bitstreams``, of every
+    codec that has the entropy model of the first: those given, of all of these; else the first
+    one's files, of the others.
+
+    Codecs of one rate each, by one name, are one curve: how Duan et al. (2024) set a variable-rate
+    codec beside those of single rates that it was made of (Fig. 11).
 
     Args:
-        codecs: One or two, by name, the older one first.
+        codecs: By name, the oldest first, which is one codec.
         photos: The images.
-        lambdas: At which the codecs are measured, each at those within its range; None for four
-            over the range of each.
+        lambdas: At which the codecs are measured, each at those within its range, those of one rate
+            at that; None for four over the range of each.
         anchors: Formats to measure too, of `fastcil.compression.anchors.ANCHORS`.
         old_streams: Images' names and files that were there before.
         config: What to keep with the result.
@@ -143,21 +152,21 @@ def evaluate_codecs(
         The result; with VTM's published points if the images are Kodak's 24.
 
     Raises:
-        FastcilError: A format that isn't known or there; a λ twice; and as `evaluate_codec` and
-            `evaluate_streams`.
+        FastcilError: No codec; a format that isn't known or there; a λ twice; and as
+            `evaluate_codec` and `evaluate_streams`.
     """
-    if not 1 <= len(codecs) <= 2:
-        raise FastcilError(f"codecs has {len(codecs)} entries; it must have one or two.")
+    groups = {name: _group(given) for name, given in codecs.items()}
+    if not groups or not all(groups.values()):
+        raise FastcilError(f"codecs has {list(codecs)}; give one codec at least, and of each name.")
     if lambdas is not None:
         _check_rates(lambdas)
-    rates = {
-        name: spread(lambda_range(codec.model))
-        if lambdas is None
-        else _within(name, codec, lambdas)
-        for name, codec in codecs.items()
+    work = {
+        name: [(codec, lmbda) for codec in group for lmbda in _rates(name, codec, lambdas)]
+        for name, group in groups.items()
     }
     _check_anchors(anchors)
-    device = str(next(next(iter(codecs.values())).model.parameters()).device)
+    first = next(iter(groups.values()))[0]
+    device = str(next(first.model.parameters()).device)
     result = CodecResult(dict(config or {}), environment(device) | _versions())
     made: list[tuple[str, bytes]] = []
 
@@ -165,14 +174,15 @@ def evaluate_codecs(
         result.curves.setdefault(curve, []).append(point)
         notify(curve, point)
 
-    for number, (name, codec) in enumerate(codecs.items()):
-        for lmbda in rates[name]:
+    for name, pairs in work.items():
+        for codec, lmbda in pairs:
             point, files = evaluate_codec(codec, photos, lmbda)
             add(name, point)
-            made += files.items() if number == 0 else ()
-        old = old_streams if old_streams is not None else made if number else None
-        if old is not None:
-            for point in evaluate_streams(codec, photos, old).values():
+            made += files.items() if codec is first else ()
+        result.curves[name].sort(key=lambda point: point.setting)
+        old = old_streams if old_streams is not None else made if pairs[0][0] is not first else None
+        if old is not None and _reads(groups[name], first):
+            for point in evaluate_streams(groups[name][0], photos, old).values():
                 add(f"{name}, old bitstreams", point)
     for anchor in anchors:
         for quality in ANCHORS[anchor].qualities:
@@ -190,7 +200,9 @@ def evaluate_files(
     anchors: Sequence[str] = (),
     old_bitstreams: str | None = None,
     new_checkpoint: str | None = None,
+    beside: Sequence[str] = (),
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     notify: Notify = _quiet,
 ) -> CodecResult:
     """`evaluate_codecs` of files, and the result kept in a folder.
@@ -203,7 +215,9 @@ def evaluate_files(
         anchors: As in `evaluate_codecs`.
         old_bitstreams: Folder of files that were coded before; see `streams_of`.
         new_checkpoint: The model after fine-tuning.
+        beside: More codecs' files, ``FILE`` or ``NAME=FILE``; those of one name make one curve.
         device: ``auto``, ``cpu``, ``cuda``; of the networks but for the entropy model.
+        max_pixels: Larger images are refused.
         notify: As in `evaluate_codecs`.
 
     Raises:
@@ -216,17 +230,23 @@ def evaluate_files(
         "anchors": list(anchors),
         "old_bitstreams": old_bitstreams,
         "new_checkpoint": new_checkpoint,
+        "beside": list(beside),
         "device": device,
+        "max_pixels": max_pixels,
     }
     place = pick_device(device)
-    paths = [model, *([] if new_checkpoint is None else [new_checkpoint])]
-    stems = [Path(path).stem for path in paths]
-    names = stems if len(set(stems)) == len(stems) else paths
-    if len(set(names)) < len(names):
-        raise FastcilError(f"new_checkpoint is '{model}', as model is; pass another one.")
+    named = _named(model, new_checkpoint, beside)
     codecs = {
-        name: ImageCodec(load_codec(path, place)) for name, path in zip(names, paths, strict=True)
+        name: [ImageCodec(load_codec(path, place), max_pixels) for path in paths]
+        for name, paths in named.items()
     }
+    if new_checkpoint is not None:
+        old_one, new_one = list(codecs.values())[:2]
+        if not _reads(new_one, old_one[0]):
+            raise FastcilError(
+                f"new_checkpoint is '{new_checkpoint}', which has another entropy model than "
+                f"'{model}' and can't read its files; pass it as beside."
+            )
     _check_anchors(anchors)
     photos = load_photos(images)
     old = None if old_bitstreams is None else streams_of([old_bitstreams], photos.names)
@@ -235,6 +255,43 @@ def evaluate_files(
         result = evaluate_codecs(codecs, photos, lambdas, anchors, old, config, notify)
         result.save(Path(out))
     return result
+
+
+def _named(model: str, new_checkpoint: str | None, beside: Sequence[str]) -> dict[str, list[str]]:
+    """Curves' names, and the files of their codecs: by stems, unless two have the same."""
+    given = [text.partition("=") for text in beside]
+    alone = [text for text, equals, _ in given if not equals]
+    paths = [model, *([] if new_checkpoint is None else [new_checkpoint]), *alone]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise FastcilError(f"'{twice}' is given twice; pass another codec, or leave it out.")
+    stems = [Path(path).stem for path in paths]
+    short = len(set(stems)) == len(stems)
+    found = {stem if short else path: [path] for stem, path in zip(stems, paths, strict=True)}
+    joined: dict[str, list[str]] = {}
+    for name, equals, path in given:
+        if equals and name in found:
+            raise FastcilError(f"beside names '{name}', as another codec is; take another name.")
+        if equals:
+            joined.setdefault(name, []).append(path)
+    return found | joined
+
+
+def _group(codecs: Codecs) -> list[ImageCodec]:
+    """The codecs of one curve."""
+    return list(codecs) if isinstance(codecs, Sequence) else [codecs]
+
+
+def _reads(codecs: Sequence[ImageCodec], first: ImageCodec) -> bool:
+    """Whether a curve's codec is one, and decodes the first one's files."""
+    (codec, *others) = codecs
+    return codec is first or (not others and codec.entropy_hash == first.entropy_hash)
+
+
+def _rates(name: str, codec: ImageCodec, lambdas: Sequence[float] | None) -> tuple[float, ...]:
+    """At which λ a codec is measured."""
+    low, high = lambda_range(codec.model)
+    return spread((low, high)) if lambdas is None or low == high else _within(name, codec, lambdas)
 
 
 def _check_rates(lambdas: Sequence[float]) -> None:

@@ -93,6 +93,46 @@ def test_old_bitstreams_keep_their_rates() -> None:
     assert result.environment["device"] == "cpu" and result.environment["opencv"]
 
 
+def one_rate(lmbda: float, seed: int) -> CodecModel:
+    torch.manual_seed(seed)
+    return build_codec("msh", hidden=4, latent=4, lambda_range=(lmbda, lmbda))
+
+
+def test_codecs_of_one_rate_are_one_curve_beside_others() -> None:
+    """Duan et al. (2024), Fig. 11: a codec of many rates, and those of one rate each."""
+    torch.manual_seed(0)
+    many = ImageCodec(build_codec("msh-vr", hidden=4, latent=4, embedding=4))
+    ones = [ImageCodec(one_rate(lmbda, k)) for k, lmbda in enumerate((785.2, 29.26125, 100.0))]
+    codecs = {"msh-vr": many, "msh": ones, "other": ImageCodec(model()), "last": ones[:1]}
+    result = evaluate_codecs(codecs, photos("a", "b"), (50.0, 800.0))
+    settings = {name: [p.setting for p in points] for name, points in result.curves.items()}
+    # Each at its own rate, whatever is asked of the others; nobody can read another's files.
+    assert settings == {
+        **{"msh-vr": [50.0, 800.0], "msh": pytest.approx([29.26125, 100.0, 785.2])},
+        **{"other": [50.0, 800.0], "last": pytest.approx([785.2])},
+    }
+    for codec, point in zip((ones[1], ones[2], ones[0]), result.curves["msh"], strict=True):
+        wanted = evaluate_codec(codec, photos("a", "b"), point.setting)[0]
+        assert point.images == wanted.images
+    assert set(result.bd_rates()["msh"]) == {"msh-vr", "other", "last"}
+
+
+def test_old_bitstreams_go_through_all_that_read_them() -> None:
+    old = model()
+    codecs = {
+        **{"old": old, "new": finetuned(old), "newer": finetuned(finetuned(old))},
+        "foreign": model(seed=5),
+    }
+    given = {name: ImageCodec(codec) for name, codec in codecs.items()}
+    result = evaluate_codecs(given, photos("a"), (64.0,))
+    curves = ["old", *(c for name in ("new", "newer") for c in (name, f"{name}, old bitstreams"))]
+    assert list(result.curves) == [*curves, "foreign"]
+    with pytest.raises(FastcilError, match=r"codecs has \[\]; give one codec at least"):
+        evaluate_codecs({}, photos("a"))
+    with pytest.raises(FastcilError, match="and of each name"):
+        evaluate_codecs({"old": given["old"], "none": []}, photos("a"))
+
+
 @pytest.mark.parametrize(
     ("limits", "wanted"), [((32, 1024), (32, 101.594, 322.54, 1024)), ((4, 108), (4, 12, 36, 108))]
 )
@@ -209,12 +249,41 @@ def test_files(folder: Path, tmp_path: Path) -> None:
         **{"model": str(old), "images": [str(folder / "in")], "lambdas": [64.0], "anchors": []},
         "old_bitstreams": str(tmp_path / "streams"),
         "new_checkpoint": str(folder / "new.safetensors"),
-        "device": "cpu",
+        **{"beside": [], "device": "cpu", "max_pixels": 1 << 24},
     }
     sizes = [path.stat().st_size for path in sorted((tmp_path / "streams/40").iterdir())]
     images = found["curves"]["new, old bitstreams"][0]["images"]
     assert [image["nbytes"] for image in images] == sizes
     assert {path.name for path in (tmp_path / "out").iterdir()} == WRITTEN
+
+
+def test_files_beside(folder: Path, tmp_path: Path) -> None:
+    for k, lmbda in enumerate((100.0, 40.0)):
+        save_codec(tmp_path / f"{lmbda:g}", one_rate(lmbda, k))
+    result = evaluate_files(
+        str(folder / "old.safetensors"),
+        [str(folder / "in")],
+        str(tmp_path / "out"),
+        lambdas=(64.0,),
+        beside=[f"msh={tmp_path / '100'}", str(folder / "new.safetensors"), f"msh={tmp_path}/40"],
+        device="cpu",
+    )
+    settings = {name: [p.setting for p in points] for name, points in result.curves.items()}
+    assert settings == {
+        **{"old": [64.0], "new": [64.0], "new, old bitstreams": [64.0], "msh": [40.0, 100.0]},
+    }
+    assert read(tmp_path / "out")["config"]["beside"][1] == str(folder / "new.safetensors")
+
+
+def test_a_foreign_checkpoint_is_no_newer_one(folder: Path, tmp_path: Path) -> None:
+    save_codec(tmp_path / "foreign", model(seed=5))
+    given = (str(folder / "old.safetensors"), [str(folder / "in")], str(tmp_path / "out"))
+    with pytest.raises(FastcilError, match=r"has another entropy model .* pass it as beside"):
+        evaluate_files(*given, new_checkpoint=str(tmp_path / "foreign"), device="cpu")
+    with pytest.raises(FastcilError, match="beside names 'old', as another codec is"):
+        evaluate_files(*given, beside=[f"old={tmp_path / 'foreign'}"], device="cpu")
+    with pytest.raises(FastcilError, match=r"8 x 12 pixels; the codec takes up to 95"):
+        evaluate_files(*given, device="cpu", max_pixels=95)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +294,8 @@ def test_files(folder: Path, tmp_path: Path) -> None:
         ({"lambdas": (-1.0, 2e9)}, r"lambdas is \[-1.0, 2000000000.0\]; 'old' was trained from"),
         ({"anchors": ("gif",)}, "anchors has 'gif'; those that can be used here are jpeg"),
         ({"device": "tpu"}, "device is 'tpu'"),
-        ({"new_checkpoint": "same"}, "new_checkpoint is"),
+        ({"new_checkpoint": "same"}, "is given twice; pass another codec"),
+        ({"beside": ["nowhere"]}, "nowhere"),
         ({"old_bitstreams": "nowhere"}, "nowhere does not exist"),
     ],
 )
