@@ -94,7 +94,8 @@ def _inspect(arguments: list[str]) -> int:
     from fastcil.engine.codec_arguments import parse_use
     from fastcil.engine.codec_files import inspect_file
 
-    for name, value in inspect_file(parse_use("inspect", arguments)["stream"]).items():
+    options = parse_use("inspect", arguments)
+    for name, value in inspect_file(options["stream"], options["max_pixels"]).items():
         print(f"{name}: {value}")
     return 0
 

@@ -39,6 +39,11 @@ class Head:
     12-15  float32 lambda, little-endian
     ====== ======= ==================================================================
 
+    The version stands for all that says what the bytes mean: the container, the range coder
+    (that of constriction 0.5, whose bytes change only with a version that says so) with its 24 bits
+    of precision, escapes, and the order of latents. Another coder would be another version. What
+    probabilities are is the hash's.
+
     Eight bytes of hash are for telling models apart, not for security: any two models share them
     once in 2^64, and even of a million models some two do once in 10^7.
 

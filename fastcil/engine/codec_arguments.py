@@ -48,6 +48,7 @@ def _decode(parser: ArgumentParser) -> None:
 
 def _inspect(parser: ArgumentParser) -> None:
     parser.add_argument("stream", type=str, help="a file that encode wrote")
+    _add_limit(parser)
 
 
 def _verify(parser: ArgumentParser) -> None:
@@ -120,7 +121,7 @@ def parse_use(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 
     Example:
         >>> parse_use("inspect", ["a.fcl"])
-        {'stream': 'a.fcl'}
+        {'stream': 'a.fcl', 'max_pixels': 16777216}
     """
     parser = ArgumentParser(prog=f"fastcil codec {command}", exit_on_error=False)
     _COMMANDS[command](parser)

@@ -115,15 +115,19 @@ def encode_files(
         yield path, 8 * len(data) / (image.shape[0] * image.shape[1])
 
 
-def inspect_file(path: str | Path) -> dict[str, Any]:
+def inspect_file(path: str | Path, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
     """What a file says of itself; see `fastcil.compression.bitstream.inspect`.
+
+    Args:
+        path: The file.
+        max_pixels: Larger images are refused.
 
     Raises:
         DataError: There is no such file.
         BitstreamError: It is no file of the learned codec, or damaged.
     """
     try:
-        return inspect(_bytes_of(Path(path)))
+        return inspect(_bytes_of(Path(path)), max_pixels)
     except BitstreamError as error:
         raise BitstreamError(f"'{path}': {error}") from error
 
