@@ -20,6 +20,7 @@ from fastcil.compression.saving import CodecFacts as CodecFacts
 from fastcil.compression.saving import load_codec as load_codec
 from fastcil.compression.saving import load_with_facts as load_with_facts
 from fastcil.compression.saving import save_codec as save_codec
+from fastcil.compression.stored_latents import StoredLatents as StoredLatents
 from fastcil.compression.training import FINETUNING as FINETUNING
 from fastcil.compression.training import PRETRAINING as PRETRAINING
 from fastcil.compression.training import CodecRecipe as CodecRecipe

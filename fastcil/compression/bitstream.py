@@ -218,6 +218,21 @@ class Bitstream:
         (check,) = _CHECK.unpack_from(data)
         return cls(head, height, width, check, data[_CHECK.size :])
 
+    def check_hash(self, known: bytes) -> None:
+        """Refuse a stream of another entropy model.
+
+        Args:
+            known: The hash of the one there is.
+
+        Raises:
+            BitstreamError: The stream's is another.
+        """
+        if self.head.entropy_hash != known:
+            raise BitstreamError(
+                f"The stream was coded with the entropy model {self.head.entropy_hash.hex()}; this "
+                f"codec has {known.hex()}, so load the model that the stream was coded with."
+            )
+
     def facts(self) -> dict[str, Any]:
         """What the stream says of itself.
 

@@ -168,6 +168,21 @@ class ImageCodec:
         for _ in self._decoded(streams):
             pass
 
+    def latents_of_streams(
+        self, streams: Sequence[Bitstream]
+    ) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
+        """Latents of some streams, without making pixels of them.
+
+        Yields:
+            Places of streams of one size, and their z of each latent: float32 on the CPU,
+            [B, C, h, w] each.
+
+        Raises:
+            BitstreamError: As in `decode_streams`.
+        """
+        for chosen, phases in self._decoded(streams):
+            yield chosen, tuple(z.float() for z in phases.latents)
+
     def _decoded(self, streams: Sequence[Bitstream]) -> Iterator[tuple[list[int], Phases]]:
         """Places of streams, and the phases that have been fed their symbols."""
         for (height, width), chosen in self._batches([(s.height, s.width) for s in streams]):
@@ -176,8 +191,10 @@ class ImageCodec:
             phases = self.model.begin(height, width, rates, len(batch))
             known = _hash(phases)
             for k in chosen:
-                if streams[k].head.entropy_hash != known:
-                    raise _at(k, len(streams), _foreign(streams[k].head, known))
+                try:
+                    streams[k].check_hash(known)
+                except BitstreamError as error:
+                    raise _at(k, len(streams), str(error)) from error
             decoders = [SymbolDecoder(stream.payload) for stream in batch]
             latents: list[NDArray[np.int32]] = []
             for i in range(phases.count):
@@ -234,13 +251,6 @@ _DRIFTED = (
 def _hash(phases: Phases) -> bytes:
     """The hash of an entropy model and its tables."""
     return hashlib.sha256(b"".join(phases.digests)).digest()[:HASH_NBYTES]
-
-
-def _foreign(head: Head, known: bytes) -> str:
-    return (
-        f"The stream was coded with the entropy model {head.entropy_hash.hex()}; this codec has "
-        f"{known.hex()}, so load the model that the stream was coded with."
-    )
 
 
 def _at(position: int, count: int, sentence: str) -> BitstreamError:

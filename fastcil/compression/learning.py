@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcil.compression.conditioning import check_range
 from fastcil.compression.model import CodecModel
 from fastcil.compression.objective import squared_error
+from fastcil.compression.stored_latents import StoredLatents
 from fastcil.compression.training import CodecTraining, draw_lambdas, lambda_range
 from fastcil.contract import Batch, Losses, Stage, Stepper, Stream
 from fastcil.data import Augmentation, Examples
@@ -37,6 +38,10 @@ class CodecLearner(nn.Module):
     λ' drawn from the range it was trained for, and g is the new decoder. z' stands for the old
     bitstreams, whose rate can't change any more, so the term has none. Since the entropy branch is
     frozen, they mean the same to the new model.
+
+    Where nothing is left but the old bitstreams themselves (`StoredLatents`), z' are windows of
+    their latents, λ' is theirs, and in place of 2 x' - 1 stands what the old decoder makes of them
+    (our extension).
 
     Parts are frozen, and λ-MLPs of the parts that learn are rescaled for a larger range of λ, once,
     as this is made. Every random number comes from one generator, whose state is part of `state`.
@@ -103,15 +108,17 @@ class CodecLearner(nn.Module):
                 still.eval()
         return self
 
-    def stage(self, examples: Examples, replay: Examples | None = None) -> Stage:
+    def stage(self, examples: Examples, replay: Examples | StoredLatents | None = None) -> Stage:
         """The training, for the trainer to run with `augmentation`.
 
         Args:
             examples: What to learn from.
-            replay: Old images, for knowledge replay.
+            replay: Old images, or latents of old streams, for knowledge replay.
 
         Raises:
-            FastcilError: Old images without knowledge replay, or the other way round; or no image.
+            FastcilError: Something to replay without knowledge replay, or the other way round; no
+                image; latents that are to become originals, leave no new images, or are smaller
+                than a window.
         """
         config = self.config
         if (replay is None) != (self.old is None):
@@ -125,7 +132,11 @@ class CodecLearner(nn.Module):
         count = config.recipe.batch_size
         parts = [(examples, count)]
         replayed = 0
-        if replay is not None:
+        stored: StoredLatents | None = None
+        if isinstance(replay, StoredLatents):
+            self._check_stored(replay)
+            parts, stored = [(examples, count - config.replayed)], replay
+        elif replay is not None:
             parts = [(examples, count - config.replayed), (replay, config.replayed)]
             # Without new images the replayed ones lead, whose passes may end in a shorter batch.
             alone = config.replayed == count
@@ -133,7 +144,7 @@ class CodecLearner(nn.Module):
         return _CodecStage(
             name=config.strategy,
             method=self,
-            objective=partial(self._objective, replayed=replayed),
+            objective=partial(self._objective, replayed=replayed, stored=stored),
             streams=tuple(Stream((part,), size) for part, size in parts if size),
             recipe=config.recipe,
             parameters=lambda: self.trained,
@@ -152,23 +163,31 @@ class CodecLearner(nn.Module):
             std=(1.0, 1.0, 1.0),
         )
 
-    def losses(self, images: Tensor | None, replayed: Tensor | None) -> Losses:
+    def losses(
+        self,
+        images: Tensor | None,
+        replayed: Tensor | None,
+        stored: StoredLatents | None = None,
+    ) -> Losses:
         """The terms of the loss, each with its weight.
 
         Args:
             images: New images in 0..1, or None.  # [B, 3, H, W]
             replayed: Old images, or None.  # [B', 3, H, W]
+            stored: What to draw windows of in their place, or None.
 
         Returns:
             ``bpp`` and ``distortion`` of the new images, ``replay`` of the old ones.
         """
-        alpha = self.config.alpha if replayed is not None else 0.0
+        alpha = 0.0 if replayed is None and stored is None else self.config.alpha
         losses = {}
         if images is not None:
             parts = self._rate_distortion(images)
             losses = {name: (1 - alpha) * parts[name] for name in ("bpp", "distortion")}
         if replayed is not None:
             losses["replay"] = alpha * self._replay(replayed)
+        if stored is not None:
+            losses["replay"] = alpha * self._replay_stored(stored)
         return losses
 
     def state(self) -> dict[str, Any]:
@@ -186,12 +205,34 @@ class CodecLearner(nn.Module):
             self.average.load_state_dict(state["average"])
         self.generator.set_state(state["generator"])
 
-    def _objective(self, batch: Batch, replayed: int) -> Losses:
+    def _check_stored(self, stored: StoredLatents) -> None:
+        """Refuses latents of streams that can't be replayed."""
+        config = self.config
+        if config.target != "outputs":
+            raise FastcilError(
+                "target is 'originals', which stored streams don't hold; take 'outputs', what the "
+                "old decoder makes of them."
+            )
+        if config.replayed == config.recipe.batch_size:
+            raise FastcilError(
+                f"alpha is {config.alpha}, which leaves no new image in a batch of "
+                f"{config.recipe.batch_size}; with stored streams take less."
+            )
+        if stored.least < config.size:
+            raise FastcilError(
+                f"size is {config.size}, and a stored stream's shorter side is {stored.least} "
+                f"pixels with its padding; take a smaller size."
+            )
+
+    def _objective(
+        self, batch: Batch, replayed: int, stored: StoredLatents | None = None
+    ) -> Losses:
         """Of the images of a batch the last ones are replayed, as many as there are at most."""
         fresh = max(0, len(batch) - replayed)
         return self.losses(
             batch.images[:fresh] if fresh else None,
             batch.images[fresh:] if replayed else None,
+            stored,
         )
 
     def _rate_distortion(self, images: Tensor) -> dict[str, Tensor]:
@@ -207,6 +248,14 @@ class CodecLearner(nn.Module):
         latents = self.old.quantised(images, rates)
         originals = images if self.config.target == "originals" else None
         return self._drift(latents, rates, (images.shape[-2], images.shape[-1]), originals)
+
+    def _replay_stored(self, stored: StoredLatents) -> Tensor:
+        """What the new decoder loses on windows of old streams' latents."""
+        side = self.config.size
+        drawn, its = stored.draw(self.config.replayed, side, self.generator)
+        device = next(self.model.parameters()).device
+        *latents, rates = send((*drawn, its), device)
+        return self._drift(latents, rates, (side, side))
 
     def _drift(
         self,

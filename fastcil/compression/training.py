@@ -88,7 +88,8 @@ class CodecTraining:
         alpha: Share of the batch, and weight, that knowledge replay gives to old images.
         target: What the new decoder is to make of old latents: the ``originals`` that they were
             encoded from, as published; or the old decoder's ``outputs``, for when the originals are
-            gone and what is replayed are images that were decoded (our extension).
+            gone and what is replayed are old bitstreams, or images that were decoded from them (our
+            extension).
 
     Raises:
         FastcilError: A value that is out of its range.

@@ -20,13 +20,17 @@ from fastcil.compression import (
     CodecLearner,
     CodecModel,
     CodecTraining,
+    StoredLatents,
     build_codec,
     load_codec,
     load_with_facts,
     save_codec,
 )
+from fastcil.compression.bitstream import Bitstream
+from fastcil.compression.codec import ImageCodec
 from fastcil.compression.training import preset
 from fastcil.data import Examples, load_images
+from fastcil.engine.codec_replay import read_streams, stream_files
 from fastcil.engine.events import JsonLines, Listener, broadcast
 from fastcil.engine.options import flatten
 from fastcil.engine.progress import make_progress
@@ -142,7 +146,9 @@ def finetune_codec(
         model: The codec's file.
         data: The new images, as in `train_codec`.
         out: The safetensors file to write, another one.
-        replay: Old images, or images that were decoded, for the strategy ``kr``.
+        replay: For the strategy ``kr``: old images; or, with the target ``outputs``, old streams, a
+            ``.fcl`` file or a folder of them, whose latents go through the new decoder and are
+            compared with what the old one makes of them.
         training: How; or the name of a preset, ``paper`` or ``small``, both of which are ``kr``.
         **options: Fields of `CodecRunOptions`.
 
@@ -207,11 +213,11 @@ class _Run:
         device = pick_device(self.options.device)
         model = build()
         examples = self._read(data)
-        old = None if replay is None else self._read(replay)
+        old = None if replay is None else self._read_old(replay, model)
         identity = self._identity(origin, data, examples, replay, old)
         learner = CodecLearner(model.to(device), self.config, mix(self.options.seed, _DRAWS))
-        stage = learner.stage(examples, old)
         if not self._finished(identity):
+            stage = learner.stage(examples, _decoded(learner, old))
             with locked(self.folder):
                 # Another process may have finished it meanwhile.
                 if not self._finished(identity):
@@ -226,18 +232,31 @@ class _Run:
         """The images of a source."""
         return load_images(source, limit=self.options.limit, skip_bad=self.options.skip_bad)
 
+    def _read_old(self, source: Any, model: CodecModel) -> Examples | list[Bitstream]:
+        """What is to be replayed: images, or streams."""
+        files = stream_files(source)
+        if not files:
+            return self._read(source)
+        options = self.options
+        return read_streams(
+            files, model, self.config.size, limit=options.limit, skip_bad=options.skip_bad
+        )
+
     def _identity(
         self,
         origin: Mapping[str, Any],
         data: Any,
         examples: Examples,
         replay: Any,
-        old: Examples | None,
+        old: Examples | list[Bitstream] | None,
     ) -> dict[str, Any]:
         """What makes a run this one, as JSON gives it back."""
 
-        def described(source: Any, read: Examples) -> dict[str, Any]:
+        def described(source: Any, read: Examples | list[Bitstream]) -> dict[str, Any]:
             name = str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+            if isinstance(read, list):
+                nbytes = sum(len(stream.payload) for stream in read)
+                return {"source": name, "streams": len(read), "nbytes": nbytes}
             return {"source": name, "images": len(read), "nbytes": read.images.nbytes}
 
         identity = {
@@ -315,3 +334,13 @@ class _Run:
 
     def _listener(self) -> Listener:
         return broadcast([make_progress(self.options.progress), JsonLines(self.folder / LOG)])
+
+
+def _decoded(
+    learner: CodecLearner, old: Examples | list[Bitstream] | None
+) -> Examples | StoredLatents | None:
+    """What a stage replays: images as they are, of streams the latents."""
+    if not isinstance(old, list):
+        return old
+    assert learner.old is not None  # streams are read for kr alone
+    return StoredLatents.decode(ImageCodec(learner.old), old)

@@ -45,7 +45,7 @@ def parse_codec_finetune(arguments: Sequence[str]) -> dict[str, Any]:
     )
     parser.add_argument("model", type=str, help="the codec's file")
     parser.add_argument("data", type=str, help="new images: a folder tree, a tar, scenes, ...")
-    parser.add_argument("--replay", type=str | None, help="old images, for the strategy kr")
+    parser.add_argument("--replay", type=str | None, help="old images, or .fcl files, for kr")
     return _parse(parser, arguments, FINETUNING, ("model", "data", "replay"))
 
 

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +25,9 @@ from fastcil.compression import (
     load_with_facts,
     save_codec,
 )
+from fastcil.compression.codec import ImageCodec
 from fastcil.data import ImageStore
+from fastcil.data.ingest import ingest
 from fastcil.engine.codec_training import CHECKPOINT, LOG, finetune_codec, train_codec
 from fastcil.errors import FastcilError
 
@@ -163,6 +167,96 @@ def test_the_history_grows_and_the_entropy_model_stays(start: Path, tmp_path: Pa
     assert facts.lambda_range == (4, 4096)
     assert model.embeddings["decoder"].range.tolist() == [32, 4096]
     assert entropy_hash(model) == entropy_hash(load_codec(start))
+
+
+def coded(start: Path, folder: Path, sizes: tuple[int, ...] = (64, 100, 130)) -> Path:
+    """Streams of the codec to fine-tune, and nothing else."""
+    codec = ImageCodec(load_codec(start))
+    folder.mkdir(parents=True)
+    for number, side in enumerate(sizes):
+        pixels = torch.arange(side * 80 * 3).view(side, 80, 3) * (number + 3) % 251
+        (folder / f"{number}.fcl").write_bytes(codec.encode(pixels.byte(), 100.0 * (number + 1)))
+    return folder
+
+
+def drift(start: Path, new: Path, folder: Path) -> float:
+    """How far a new decoder is from the old one on old streams."""
+    old, later = (ImageCodec(load_codec(path)) for path in (start, new))
+    pairs = [
+        [codec.decode(file.read_bytes()).float() for codec in (old, later)]
+        for file in sorted(folder.iterdir())
+    ]
+    return sum(float((a - b).square().mean()) for a, b in pairs)
+
+
+STREAMS = CodecTraining(
+    CodecRecipe(epochs=4, lr=3e-3, batch_size=4), 5, 64, strategy="kr", target="outputs"
+)
+
+
+def test_stored_streams_are_replayed(start: Path, tmp_path: Path) -> None:
+    """Nothing old is there but the streams; the new decoder still stays closer to the old one."""
+    folder = coded(start, tmp_path / "streams")
+    kr, without, again = (tmp_path / name for name in ("kr", "enc-dec", "again"))
+    finetune_codec(start, DATA, kr, replay=folder, training=STREAMS, **QUIET)
+    finetune_codec(start, DATA, without, training=replace(STREAMS, strategy="enc-dec"), **QUIET)
+    assert drift(start, kr, folder) < 0.8 * drift(start, without, folder)
+    codec, facts = ImageCodec(load_codec(kr)), load_with_facts(kr)[1]
+    for file in folder.iterdir():
+        codec.verify(file.read_bytes())
+    replay = facts.history[-1]["replay"]
+    assert replay["source"] == str(folder) and replay["streams"] == 3
+    assert entropy_hash(load_codec(kr)) == entropy_hash(load_codec(start))
+    finetune_codec(start, DATA, again, replay=folder, training=STREAMS, **QUIET)
+    assert again.read_bytes() == kr.read_bytes()
+    one = str(folder / "1.fcl")
+    finetune_codec(start, DATA, tmp_path / "one", replay=one, training=STREAMS, **QUIET)
+    assert load_with_facts(tmp_path / "one")[1].history[-1]["replay"]["streams"] == 1
+
+
+def test_streams_that_cannot_be_replayed_are_refused(start: Path, tmp_path: Path) -> None:
+    folder = coded(start, tmp_path / "streams")
+    given = {"model": start, "data": DATA, "out": tmp_path / "out", "replay": folder, **QUIET}
+
+    def refused(says: str, training: CodecTraining = STREAMS, **changes: Any) -> None:
+        with pytest.raises(FastcilError, match=says):
+            finetune_codec(**{**given, "training": training, **changes})
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
+
+    refused("target is 'originals'", replace(STREAMS, target="originals"))
+    large = replace(STREAMS, size=128)
+    refused(r"0\.fcl': The stream's image is 64 x 128 .* windows are of 128", large)
+    (folder / "0.png").write_bytes(b"")
+    refused("holds both images and .fcl files")
+    (folder / "0.png").unlink()
+    torch.manual_seed(9)
+    other = tmp_path / "other"
+    save_codec(other, build_codec("msh-vr", hidden=8, latent=8, embedding=8))
+    refused(r"0\.fcl': The stream was coded with the entropy model", model=other)
+    damaged = folder / "1.fcl"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    refused(r"1\.fcl': The stream's CRC-32")
+    with pytest.warns(UserWarning, match="1 left out, the first: .*1.fcl"):
+        finetune_codec(**given, training=STREAMS, skip_bad=True)
+    assert load_with_facts(tmp_path / "out")[1].history[-1]["replay"]["streams"] == 2
+
+
+def test_a_store_trains_what_its_tree_does(start: Path, tmp_path: Path) -> None:
+    """Images that were ingested without classes, and are mapped."""
+    for k, name in enumerate(("train2017/a", "train2017/b", "val2017/c", "train2017/d")):
+        file = tmp_path / "coco" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(k).integers(0, 256, (70 + k, 90, 3), dtype=np.uint8)
+        cv2.imwrite(str(file), pixels)
+    store = ingest(tmp_path / "coco", tmp_path / "coco.store", unlabelled=True, workers=1)
+    brief = replace(BRIEF, strategy="enc-dec")
+    made = []
+    for source in (tmp_path / "coco", store):
+        out = tmp_path / f"{source.name}.codec"
+        finetune_codec(start, source, out, training=brief, **QUIET)
+        assert load_with_facts(out)[1].history[-1]["data"]["images"] == 3
+        made.append(load_codec(out).state_dict())
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
 
 
 def test_images_in_memory_and_a_limit(start: Path, tmp_path: Path) -> None:

@@ -24,7 +24,13 @@ from torch.nn import functional as F
 
 import fastcil
 import fastcil.engine.learner
-from fastcil.compression import CodecLearner, CodecRecipe, CodecTraining, build_codec
+from fastcil.compression import (
+    CodecLearner,
+    CodecRecipe,
+    CodecTraining,
+    StoredLatents,
+    build_codec,
+)
 from fastcil.data import Examples, ImageStore, load_examples
 from fastcil.engine.trainer import Trainer
 from fastcil.ops import send
@@ -170,6 +176,7 @@ def test_a_run_never_mixes_devices(composition: str, options: dict[str, Any], tm
 CODECS = {
     "pre-training": ("all", {"ema": 0.9}),
     "replay of images": ("kr", {}),
+    "replay of streams": ("kr", {"target": "outputs"}),
     "replay towards outputs": ("kr", {"target": "outputs", "lambda_range": (4.0, 4096.0)}),
 }
 
@@ -193,8 +200,19 @@ def train_a_codec(
     images = ImageStore.from_batch(torch.arange(4 * 70 * 80 * 3).byte().view(4, 70, 80, 3))
     photos = Examples(images, torch.zeros(4, dtype=torch.int64))
     place = torch.device(device)
-    learner = CodecLearner(build_codec(model, **small).to(place), config, seed=0)
-    stage = learner.stage(photos, photos if strategy == "kr" else None)
+    codec = build_codec(model, **small).to(place)
+    replay: Any = photos if strategy == "kr" else None
+    if case == "replay of streams":
+        shapes = codec.latent_shapes(64, 128)
+        replay = StoredLatents(
+            tuple(torch.randn(h * w, channels) for channels, h, w in shapes),
+            torch.tensor([[64, 128]]),
+            torch.tensor([64.0]),
+            codec.latent_strides,
+            codec.multiple,
+        )
+    learner = CodecLearner(codec, config, seed=0)
+    stage = learner.stage(photos, replay)
     Trainer(learner, learner.augmentation, place, (0,), lambda *_: None).run([stage])
 
 
