@@ -18,7 +18,7 @@ from fastcil.compression.errors import BitstreamError
 from fastcil.compression.fixed import fixed_mode
 from fastcil.compression.model import CodecModel
 from fastcil.compression.saving import load_codec
-from fastcil.compression.training import lambda_range
+from fastcil.compression.training import is_trained_for, lambda_range
 from fastcil.compression.zoo import build_model
 from fastcil.contract import Retained
 from fastcil.data import ImageStore
@@ -327,8 +327,8 @@ class LearnedCodec(Codec[ByteStore]):
 
     def _check_rate(self, model: CodecModel) -> None:
         """Refuses a λ at which the model was not trained."""
-        low, high = lambda_range(model)
-        if model.embeddings and not low <= self.lmbda <= high:
+        if model.embeddings and not is_trained_for(model, self.lmbda):
+            low, high = lambda_range(model)
             raise FastcilError(
                 f"learned.lmbda is {self.lmbda:g}, and the checkpoint '{self.checkpoint}' was "
                 f"trained for {low:g} to {high:g}; take one of these."
