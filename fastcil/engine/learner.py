@@ -18,6 +18,7 @@ from fastcil.engine.export import export_method
 from fastcil.engine.lesson import FirstTask, Lesson
 from fastcil.engine.options import Settings, make_settings
 from fastcil.engine.parts import Parts
+from fastcil.engine.placement import place_parts
 from fastcil.engine.progress import make_progress
 from fastcil.engine.resolve import as_images, check_crop, natural_look, pick_device
 from fastcil.engine.state import load_state, save_state
@@ -120,6 +121,8 @@ class Learner:
     ) -> Learner:
         """Adds the classes of ``data``; if that fails, the learner is as it was before.
 
+        Images stay where ``engine.data`` says, and exemplars with them.
+
         Args:
             data: A folder or ``.tar`` of ``<class>/...`` images, a dict from class name to
                 images, arrays ``(x, y)``, or anything else `fastcil.data.load_examples` reads.
@@ -132,9 +135,10 @@ class Learner:
             The learner itself.
 
         Raises:
-            FastcilError: Data that can't be used, or a class that is known already; ``few_shot``
-                where ``engine.epoch_choice`` is ``paper``, which wants test images.
+            FastcilError: Data that can't be used, or have no room where ``engine.data`` wants them;
+                a class that is known already; ``few_shot`` where ``engine.epoch_choice`` is ``paper``, which wants test images.
         """
+        engine = self.settings.engine
         examples, found = load_examples(data, skip_bad=self.settings.groups["load"].skip_bad)
         if names is not None:
             if len(names) != len(found) or len(set(names)) != len(names):
@@ -143,8 +147,10 @@ class Learner:
                     f"give each class a name of its own."
                 )
             found = tuple(names)
+        name = f"task {len(self.tasks) + 1}"
+        (examples,) = place_parts([examples], engine, self.device, name)
         task = replace(self.next_task(examples, found), few_shot=few_shot)
-        tell = make_progress(self.settings.engine.progress)
+        tell = make_progress(engine.progress)
         tell("run", {"method": self.settings.method, "tasks": 1})
         tell("task", {"task": task.index, "tasks": task.index + 1})
         before = self.parts.snapshot() if self.class_names else None

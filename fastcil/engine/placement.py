@@ -14,6 +14,7 @@ import torch
 
 from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine.distributed import speaks
+from fastcil.engine.groups import EngineOptions
 from fastcil.engine.needs import format_size, say
 from fastcil.engine.plan import Plan
 from fastcil.engine.resolve import pick_device
@@ -117,30 +118,59 @@ def place_images(plans: Sequence[Plan]) -> None:
     placed: dict[int, Dataset] = {}
     for plan in plans:
         before, engine = plan.dataset, plan.settings.engine
-        if before.train.images.device.type == "cuda" and engine.data in ("auto", "device"):
-            continue
         if id(before) not in placed:
             device = pick_device(plan.device)
-            room = on_all_ranks(look_around(before, device))
-            place = choose(engine.data, room)
-            placed[id(before)] = move(before, place, device)
-            if engine.progress and speaks():
-                say(f"{before.name}: {_line(place, room, device)}")
+            both = [before.train, before.test]
+            train, test = place_parts(both, engine, device, before.name)
+            placed[id(before)] = replace(before, train=train, test=test)
         plan.dataset = placed[id(before)]
 
 
-def look_around(dataset: Dataset, device: torch.device) -> Room:
+def place_parts(
+    parts: Sequence[Examples], engine: EngineOptions, device: torch.device, name: str
+) -> list[Examples]:
+    """Puts images where the options want them, all in one place.
+
+    Args:
+        parts: Examples; those that lie on a CUDA device stay there, unless asked for elsewhere.
+        engine: Its ``data`` says where, its ``progress`` whether to tell.
+        device: Where networks live.
+        name: What the line that is told calls them.
+
+    Raises:
+        FastcilError: As `choose`.
+    """
+    there = all(part.images.device.type == "cuda" for part in parts)
+    if there and engine.data in ("auto", "device"):
+        return list(parts)
+    room = on_all_ranks(look_around(parts, device))
+    place = choose(engine.data, room)
+    if engine.progress and speaks():
+        say(f"{name}: {_line(place, room, device)}")
+    return [move(part, place, device) for part in parts]
+
+
+def look_around(parts: Sequence[Examples], device: torch.device) -> Room:
     """Measures what there is.
 
     Args:
-        dataset: The images.
+        parts: The images.
         device: The run's.
     """
-    parts = (dataset.train.images, dataset.test.images)
-    mapped = any(part.mapped is not None for part in parts)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    mapped = any(part.images.mapped is not None for part in parts)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Room(sum(part.nbytes for part in parts), mapped, free, host_free() // processes)
+    nbytes = sum(part.images.nbytes for part in parts)
+    return Room(nbytes, mapped, device_free(device), host_free() // processes)
+
+
+def device_free(device: torch.device) -> int | None:
+    """Bytes free on a CUDA device; None on one of another kind.
+
+    Example:
+        >>> device_free(torch.device("cpu")) is None
+        True
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def on_all_ranks(room: Room) -> Room:
@@ -201,23 +231,19 @@ def group_free(root: Path) -> int | None:
     return None
 
 
-def move(dataset: Dataset, place: Place, device: torch.device) -> Dataset:
-    """The same data set with its images in a place.
+def move(examples: Examples, place: Place, device: torch.device) -> Examples:
+    """The same examples with their images in a place.
 
     Args:
-        dataset: It.
+        examples: They.
         place: Where to; ``disk`` leaves them.
         device: The run's.
     """
-
-    def moved(examples: Examples) -> Examples:
-        if place == "device":
-            return examples.to(device)
-        return Examples(_in_host_memory(examples.images), examples.labels)
-
     if place == "disk":
-        return dataset
-    return replace(dataset, train=moved(dataset.train), test=moved(dataset.test))
+        return examples
+    if place == "device":
+        return examples.to(device)
+    return Examples(_in_host_memory(examples.images), examples.labels)
 
 
 def _in_host_memory(images: ImageStore) -> ImageStore:

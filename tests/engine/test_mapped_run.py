@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from photo_files import encoded, write_tree
 
 from fastcil import Learner, train
+from fastcil.contract import Task
 from fastcil.data import load
 from fastcil.data.ingest import ingest
 from fastcil.engine.placement import Room, choose, group_free, host_free, move, on_all_ranks
@@ -173,11 +177,11 @@ def test_ranks_choose_by_the_least_of_what_they_have() -> None:
 
 def test_on_the_cpu(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, cpu = load(store), torch.device("cpu")
-    assert move(data, "disk", cpu) is data
-    held = move(data, "host", cpu)
+    assert move(data.train, "disk", cpu) is data.train
+    held = replace(data, train=move(data.train, "host", cpu), test=move(data.test, "host", cpu))
     assert held.train.images.mapped is None and not held.train.images.shared
     assert all(torch.equal(held.test.images.image(k), data.test.images.image(k)) for k in range(4))
-    assert move(held, "host", cpu).train.images is held.train.images
+    assert move(held.train, "host", cpu).images is held.train.images
     assert 0 < host_free() < 1 << 50
     with pytest.raises(FastcilError, match=r"engine\.data is 'disk', but the images are in memory"):
         train("finetune", held, "lfs-2", "none", **{"engine.data": "disk"})
@@ -190,6 +194,35 @@ def test_one_line_says_where(store: Path, place: str, capsys: pytest.CaptureFixt
     train("finetune", store, "lfs-2", "none", **options, **{"engine.data": place})
     where = "images in host memory: " if place == "host" else "images memory-mapped: "
     assert capsys.readouterr().err.splitlines()[0].startswith(f"photos: {where}")
+
+
+@pytest.mark.parametrize("place", ["auto", "disk", "host"])
+def test_a_learner_keeps_new_images_where_it_is_told(
+    store: Path, place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, learn = [], Learner.learn_task
+
+    def look(learner: Learner, task: Task, *rest: Any) -> Any:
+        seen.append(task.examples.images.mapped is not None)
+        return learn(learner, task, *rest)
+
+    monkeypatch.setattr(Learner, "learn_task", look)
+    options = {**OPTIONS, "engine.progress": True, "engine.epoch_scale": 0.005}
+    Learner("icarl", "4 images", **options, **{"engine.data": place}).learn(load(store))
+    assert seen == [place != "host"]
+    where = "images in host memory: " if place == "host" else "images memory-mapped: "
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"task 1: {where}")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("device", "there is no CUDA device"), ("disk", "images are in memory")]
+)
+def test_a_learner_that_has_no_such_place_stays_as_it_was(place: str, message: str) -> None:
+    shelf = {"a": np.zeros((4, 24, 24, 3), np.uint8)}
+    learner = Learner("icarl", "4 images", device="cpu", **OPTIONS, **{"engine.data": place})
+    with pytest.raises(FastcilError, match=message):
+        learner.learn(shelf)
+    assert (learner.class_names, learner.tasks, learner._parts) == ((), [], None)
 
 
 @pytest.mark.gpu

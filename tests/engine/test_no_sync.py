@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcil
-import fastcil.engine.learner
+import fastcil.engine.placement
 from fastcil.compression import (
     CodecLearner,
     CodecRecipe,
@@ -31,7 +31,7 @@ from fastcil.compression import (
     StoredLatents,
     build_codec,
 )
-from fastcil.data import Examples, ImageStore, load_examples
+from fastcil.data import Examples, ImageStore
 from fastcil.engine.trainer import Trainer
 from fastcil.ops import send
 
@@ -53,17 +53,12 @@ def learn_two_tasks(
 ) -> None:
     """Learns two tasks of two classes; each step runs inside of what ``in_step`` gives.
 
-    Images are ``placed`` in host memory or on the device.
+    Images are ``placed`` in host memory or on the device, and so are exemplars.
     """
-
-    def load_there(data: Any, **named: Any) -> Any:
-        examples, names = load_examples(data, **named)
-        return examples.to(torch.device(device)), names
-
-    if placed == "device":
-        monkeypatch.setattr(fastcil.engine.learner, "load_examples", load_there)
+    if device == str(DEVICE):  # on which torch would find no memory of its own
+        monkeypatch.setattr(fastcil.engine.placement, "device_free", lambda _: 1 << 30)
     method = composition.partition("+")[0]
-    options = {**OPTIONS, **OWN.get(method, {}), **options}
+    options = {**OPTIONS, **OWN.get(method, {}), "engine.data": placed, **options}
     del options["engine.checkpoint_seconds"]
     learner = fastcil.Learner(
         composition, memory="8 images", device=device, backbone=ConvNet, **options
@@ -78,6 +73,9 @@ def learn_two_tasks(
     images, labels = DATA[0]
     for classes in ((0, 1), (2, 3)):
         learner.learn({str(k): images[np.equal(labels, k)][:PER_CLASS] for k in classes})
+        wanted = torch.device(device if placed == "device" else "cpu")
+        assert learner.memory.device.type == wanted.type
+        assert learner.memory.device.index == wanted.index or device == "cuda"
 
 
 CASES = [
