@@ -15,7 +15,7 @@ from compositions import SHORT
 from fastcil import train
 from fastcil.contract import Batch
 from fastcil.data import read_batch
-from fastcil.engine import context, loader
+from fastcil.engine import reading
 from fastcil.engine.distributed import joined
 from fastcil.engine.loader import Loader
 from fastcil.engine.state import save_state
@@ -103,7 +103,7 @@ def work(folder: Path, methods: Sequence[str], place: Mapping[str, str]) -> None
     os.environ.update(place)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    loader.read_batch = context.read_batch = read_double
+    reading.read_batch = read_double
     Loader.batches, CompletionAutoencoder.forward = count_steps, complete_double
     with joined("cpu", 60.0) as ranks:
         for method in methods:

@@ -66,8 +66,8 @@ def run_ranks(size: int, work: Callable[[ThreadRanks], T]) -> list[T]:
 
 
 @contextmanager
-def sharing(patch: pytest.MonkeyPatch) -> Iterator[Callable[[Ranks], Any]]:
-    """Lets `fastcil.nn.shares` know other current ranks in each thread; gives `working_as`."""
+def sharing(patch: pytest.MonkeyPatch, module: Any = shares) -> Iterator[Callable[[Ranks], Any]]:
+    """Lets a module know other current ranks in each thread; gives `working_as`."""
     local = threading.local()
 
     @contextmanager
@@ -80,6 +80,6 @@ def sharing(patch: pytest.MonkeyPatch) -> Iterator[Callable[[Ranks], Any]]:
             local.ranks = before
 
     with patch.context() as inner:
-        inner.setattr(shares, "current", lambda: getattr(local, "ranks", None) or Ranks())
-        inner.setattr(shares, "working_as", working_as)
+        inner.setattr(module, "current", lambda: getattr(local, "ranks", None) or Ranks())
+        inner.setattr(module, "working_as", working_as, raising=False)
         yield working_as

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ def read_batch(
     views: Tensor | None = None,
     program: ops.PixelProgram | None = None,
     device: torch.device | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Reads a batch as the network takes it: cut, changed and normalised in one operation.
 
@@ -76,6 +77,8 @@ def read_batch(
         program: What happens to the pixels of each image; from `Augmentation.program`.
         device: Where the batch is wanted; None is where the stores are. Bytes are moved between
             devices, and normalised where they are wanted.
+        gather: Makes a larger batch of what was read, before bytes are normalised: the rows of all
+            processes, of which each reads some. None: this is the batch.
 
     Returns:
         float32 [B, 3, size, size] in channels_last memory.
@@ -104,6 +107,8 @@ def read_batch(
         **sources,
     )
     (images,) = ops.send((images,), wanted)
+    if gather is not None:
+        images = gather(images)
     return augmentation.normalise(images) if moves else images
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcil.contract import Look
-from fastcil.data import Augmentation, Examples, read_batch
+from fastcil.data import Augmentation, Examples
+from fastcil.engine.reading import read_together
 from fastcil.nn.folding import folding
 from fastcil.ops import send
 
@@ -106,12 +107,8 @@ class EngineContext:
 
     def _read(self, examples: Examples, index: Tensor, crops: Tensor, flip: bool) -> Tensor:
         """Normalised images, uncut by chance."""
-        return read_batch(
-            [examples.images],
-            torch.zeros_like(index),
-            index,
-            self.augmentation,
-            crops=crops,
-            flips=torch.full((len(index),), flip),
-            device=self.device,
+        flips = torch.full((len(index),), flip)
+        which = torch.zeros_like(index)
+        return read_together(
+            [examples.images], which, index, self.augmentation, crops, flips, self.device
         )

@@ -1,8 +1,9 @@
 """Several processes that train together, as ``torchrun`` starts them; one GPU each, or CPU cores.
 
 What a run computes does not depend on how many there are, but for the order of floating-point
-sums: every rank draws the same batches and goes through the same steps, and only what is costly,
-extractors on images, is done in shares (`fastcil.nn.shares`). So every rank holds the same
+sums: every rank draws the same batches and goes through the same steps, and only what is costly is
+done in shares: reading images that are the host's (`fastcil.engine.reading`), and extractors on
+images (`fastcil.nn.shares`). So every rank holds the same
 weights, optimisers and memory. The first alone writes files and speaks.
 """
 
@@ -158,7 +159,9 @@ class ProcessRanks(Ranks):
                 f"what was computed of {counts[self.rank]} images has {len(rows)} rows; a function "
                 f"computed in shares gives one row for each image."
             )
-        own = rows.detach().contiguous()
+        # Batches of images in the order in which they lie.
+        last = rows.is_contiguous(memory_format=torch.channels_last) if rows.dim() == 4 else False
+        own = (rows.detach().permute(0, 2, 3, 1) if last else rows.detach()).contiguous()
         if len(own) < counts[0]:
             own = torch.cat([own, own.new_zeros(counts[0] - len(own), *own.shape[1:])])
         each = own.reshape(-1).view(torch.uint8)
@@ -171,9 +174,7 @@ class ProcessRanks(Ranks):
             whole = torch.cat(pieces)
         else:
             whole = parts.flatten(0, 1)
-        if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):
-            return whole.contiguous(memory_format=torch.channels_last)
-        return whole
+        return whole.permute(0, 3, 1, 2) if last else whole
 
     def texts(self, text: str) -> list[str]:
         """By way of their lengths, on the host."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastcil.contract import Batch, Stream
-from fastcil.data import Augmentation, read_batch, view_geometry
+from fastcil.data import Augmentation, view_geometry
+from fastcil.engine.reading import read_together
 from fastcil.engine.seeds import generator
 from fastcil.ops import send
 
@@ -136,16 +137,16 @@ class _StreamReader:
         crops, flips = self.augmentation.draw(sizes, draws)
         # The order in which they draw decides the run.
         views = self._views(part, index, sizes, draws)
-        images = read_batch(
+        images = read_together(
             self.stores,
             part,
             index,
             self.augmentation,
-            crops=crops,
-            flips=flips,
-            views=views,
-            program=self.augmentation.program(len(index), draws),
-            device=self.device,
+            crops,
+            flips,
+            self.device,
+            views,
+            self.augmentation.program(len(index), draws),
         )
         labels, part, index = send((self.labels[positions], part, index), self.device)
         return Batch(images, labels, part, index, entries)

@@ -302,6 +302,24 @@ def test_a_function_that_gives_no_row_for_each_image_is_refused() -> None:
         ranks.gather(torch.zeros(1, 3), 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_rows_are_gathered_as_they_lie_in_memory(dtype: torch.dtype) -> None:
+    rows = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(dtype)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    ranks = ProcessRanks.__new__(ProcessRanks)
+    ranks.rank, ranks.size = 0, 1
+    last = {"memory_format": torch.channels_last}
+    try:
+        for given in (rows, rows.contiguous(**last), rows[..., ::2], rows[0]):
+            found = ranks.gather(given, len(given))
+            assert torch.equal(found, given)
+            assert given.dim() == 3 or found.is_contiguous(**last) == given.is_contiguous(**last)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in place(0, 1, 1):
         monkeypatch.delenv(name, raising=False)
