@@ -17,11 +17,11 @@ from fastcil.contract import Stage, Task
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.online import leading
 from fastcil.engine.parts import Parts
-from fastcil.engine.phases import PhaseClock
 from fastcil.engine.placement import place_images
 from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.resolve import pick_device
 from fastcil.engine.trainer import Trainer
+from fastcil.nn.phases import PhaseClock
 
 # Precision, and whether objectives are compiled; networks and batches are channels_last in all.
 MODES = {"fp32": ("fp32", False), "bf16": ("bf16", False), "bf16 compiled": ("bf16", True)}

@@ -27,9 +27,9 @@ from step_case import peak_of, synchronise
 from fastcil.engine.evaluate import count_correct
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.parts import Parts
-from fastcil.engine.phases import PHASES, PhaseClock, phase
 from fastcil.engine.resolve import pick_device
 from fastcil.engine.scenario import Arrival, pick
+from fastcil.nn.phases import PHASES, PhaseClock, phase
 
 METHODS = ("finetune", "icarl", "der", "foster", "foster+cim")
 

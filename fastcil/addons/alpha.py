@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcil.contract import Batch, Losses, Stage, Stepper, Stream, evaluating, total
+from fastcil.nn.gradients import differentiate
 
 
 class AlphaStage(Stage):
@@ -74,7 +75,7 @@ class AlphaStage(Stage):
         if self.summed is not None:
             # Backward takes its precision from the forward pass, not from autocast.
             with torch.autocast(loss.device.type, enabled=False):
-                (gradient,) = torch.autograd.grad(loss, self.alphas())
+                (gradient,) = differentiate(loss, [self.alphas()])
             _add(self.summed(), gradient)
             # A linear function of alpha with the sum as its gradient.
             loss = (self.alphas() * self.summed()).sum()

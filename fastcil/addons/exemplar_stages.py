@@ -23,6 +23,7 @@ from fastcil.contract import (
     total,
 )
 from fastcil.errors import CompositionError
+from fastcil.nn.gradients import differentiate
 from fastcil.ops import send
 
 
@@ -87,7 +88,7 @@ class PixelStage(Stage, ABC):
         values = self.values()
         with evaluating(self.method), torch.autocast(values.device.type, enabled=False):
             losses = self.pixel_losses(values, batches)
-            (gradient,) = torch.autograd.grad(total(losses), [values])
+            (gradient,) = differentiate(total(losses), [values])
         # A linear function with this gradient: a backward pass through the losses themselves
         # would go on to the gradients of stepped parameters, which nobody reads.
         stepper.update((values * gradient).sum())
@@ -122,7 +123,7 @@ class _BilevelStage(PixelStage):
         places = torch.arange(len(labels), device=labels.device)
         batch = Batch(images, labels, torch.ones_like(places), places)
         for _ in range(self.inner_steps):
-            gradients = torch.autograd.grad(
+            gradients = differentiate(
                 total(self.loss(batch, theta)),
                 list(theta.values()),
                 create_graph=True,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastcil.contract import Batch, Losses, Recipe, Stage, Stepper, Stream, evaluating, total
 from fastcil.errors import CompositionError
 from fastcil.nn import Network
+from fastcil.nn.gradients import differentiate
 from fastcil.ops import cam, soft_compose
 
 
@@ -134,7 +135,7 @@ class MaskStage(Stage):
         full = torch.autocast(inner.images.device.type, enabled=False)
         with evaluating(self.method), full:
             losses = self._outer_losses(inner, outer, stepper.lr / self.recipe.lr)
-            gradients = torch.autograd.grad(
+            gradients = differentiate(
                 total(losses), self._learned, allow_unused=True, materialize_grads=True
             )
         # Early in training theta+ may overflow; one such step would spoil phi for good.
@@ -169,7 +170,7 @@ class MaskStage(Stage):
         """theta+ by name, as a differentiable function of the batch's images (Eq. 7)."""
         named = dict(self.method.named_parameters())
         theta = {name: named[name].detach().requires_grad_() for name in self._theta}
-        gradients = torch.autograd.grad(
+        gradients = differentiate(
             total(self.main.loss(batch, theta)),
             list(theta.values()),
             create_graph=True,

@@ -16,11 +16,11 @@ from fastcil.engine.events import Listener
 from fastcil.engine.online import see_once
 from fastcil.engine.options import Settings
 from fastcil.engine.parts import Parts
-from fastcil.engine.phases import phase
 from fastcil.engine.seeds import mix
 from fastcil.engine.state import random_state, set_random_state
 from fastcil.engine.trainer import Trainer
 from fastcil.memory.checksum import checksum
+from fastcil.nn.phases import phase
 from fastcil.nn.ranks import current
 from fastcil.nn.same_kernels import same_kernels
 

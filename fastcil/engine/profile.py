@@ -19,7 +19,6 @@ from fastcil.engine.evaluate import count_correct
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.online import leading
 from fastcil.engine.parts import Parts
-from fastcil.engine.phases import OTHER, PhaseClock, phase
 from fastcil.engine.placement import place_images
 from fastcil.engine.plan import Plan, make_plan
 from fastcil.engine.presets import merge_options, preset_arguments
@@ -29,6 +28,7 @@ from fastcil.engine.resolve import pick_device
 from fastcil.engine.scenario import Arrival, Scenario, pick
 from fastcil.errors import FastcilError
 from fastcil.memory import Budget
+from fastcil.nn.phases import OTHER, PhaseClock, phase
 
 WARM = 3  # steps of each stage that nobody times: kernels are chosen and objectives compiled
 TRACED = 5

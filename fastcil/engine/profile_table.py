@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastcil.engine.phases import OTHER, PHASES
 from fastcil.engine.state import write_atomically
+from fastcil.nn.phases import OTHER, PHASES
 
 _IN_STEPS = ("data", "forward", "backward", "optimiser", "addon", OTHER)
 _WIDTH = 120

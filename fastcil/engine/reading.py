@@ -45,9 +45,7 @@ def read_together(
     """
     ranks, count = current(), len(index)
     if ranks.size == 1 or count < ranks.size or stores[0].device.type == "cuda":
-        return read_batch(
-            stores, which, index, augmentation, crops, flips, views, program, device
-        )
+        return read_batch(stores, which, index, augmentation, crops, flips, views, program, device)
     own = ranks.share(count)
     return read_batch(
         stores,

@@ -22,7 +22,6 @@ from fastcil.engine.first_task import SharedFirstTask
 from fastcil.engine.learner import Learner
 from fastcil.engine.lesson import FirstTask
 from fastcil.engine.localisation import localisation_records
-from fastcil.engine.phases import phase
 from fastcil.engine.plan import Plan
 from fastcil.engine.probe import probes
 from fastcil.engine.progress import make_progress
@@ -32,6 +31,7 @@ from fastcil.engine.scenario import Arrival, pick, positions
 from fastcil.engine.state import load_state, locked, save_state
 from fastcil.engine.trainer import Trainer
 from fastcil.engine.tsne import tsne_records
+from fastcil.nn.phases import phase
 from fastcil.nn.ranks import Ranks, current, working_as
 
 CHECKPOINT, LEARNER, RESULT = "checkpoint.safetensors", "learner.safetensors", "result.json"

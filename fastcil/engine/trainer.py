@@ -17,8 +17,8 @@ from fastcil.engine.epoch_choice import EpochChoice
 from fastcil.engine.events import Listener
 from fastcil.engine.laps import Laps
 from fastcil.engine.loader import Loader
-from fastcil.engine.phases import phase
 from fastcil.errors import FastcilError
+from fastcil.nn.phases import phase
 
 LARGEST = 1e30
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -34,7 +34,7 @@ from fastcil.methods.recipes import FINETUNING
 from fastcil.nn import (
     Tensors,
     cross_entropy_among,
-    gradients,
+    gradients_of,
     outputs_of,
     rows_of_others,
     with_gradient,
@@ -204,10 +204,10 @@ class _PathStage(Stage):
         losses = self.loss(Batch.cat(batches))
         named = {n: p for n, p in self._si.network.named_parameters() if p.requires_grad}
         parameters = list(named.values())
-        task = whole = gradients(losses["classification"], parameters)
+        task = whole = gradients_of(losses["classification"], parameters)
         rest = {name: value for name, value in losses.items() if name != "classification"}
         if rest:
-            pulls = gradients(total(rest), parameters)
+            pulls = gradients_of(total(rest), parameters)
             whole = [g + pull for g, pull in zip(task, pulls, strict=True)]
         followed = set(self._si.names())
         before = {name: p.detach().clone() for name, p in named.items() if name in followed}

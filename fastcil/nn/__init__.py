@@ -10,6 +10,8 @@ from fastcil.nn.energy_head import EnergyHead as EnergyHead
 from fastcil.nn.expanded import ExpandedBackbone as ExpandedBackbone
 from fastcil.nn.expansion import Expansion as Expansion
 from fastcil.nn.grad_cam import GradCAM as GradCAM
+from fastcil.nn.gradients import flat_gradient as flat_gradient
+from fastcil.nn.gradients import gradients_of as gradients_of
 from fastcil.nn.head_kinds import HEADS as HEADS
 from fastcil.nn.head_kinds import build_head as build_head
 from fastcil.nn.heads import LinearHead as LinearHead
@@ -32,8 +34,6 @@ from fastcil.nn.pod import margin_nca as margin_nca
 from fastcil.nn.pod import nca as nca
 from fastcil.nn.pod import pod_flat as pod_flat
 from fastcil.nn.pod import pod_spatial as pod_spatial
-from fastcil.nn.projection import flat_gradient as flat_gradient
-from fastcil.nn.projection import gradients as gradients
 from fastcil.nn.projection import project_gradient as project_gradient
 from fastcil.nn.projection import remove_opposing as remove_opposing
 from fastcil.nn.projection import with_gradient as with_gradient

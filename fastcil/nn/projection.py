@@ -13,10 +13,6 @@ from fastcil.nn.quadratic import minimize_above
 # Columns that are in float64 at a time.
 _BLOCK = 2**16
 
-# Of losses that a step differentiates itself. Under autocast to fp16 small gradients of activations
-# would vanish; a power of two changes no others.
-_FACTOR = 1024.0
-
 
 @torch.no_grad()
 def project_gradient(
@@ -97,42 +93,6 @@ def remove_opposing(gradient: Tensor, reference: Tensor) -> Tensor:
     return (g - share * r).to(gradient.dtype)
 
 
-def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of a loss as a step may take them itself; zeros where it has none.
-
-    Args:
-        loss: A scalar, of a forward pass under autocast to any type or under none.
-        parameters: Of any shapes.
-
-    Returns:
-        One for each parameter, without a graph.
-
-    Example:
-        >>> a, b = torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True)
-        >>> gradients((3 * a).sum(), [a, b])
-        [tensor([3., 3.]), tensor(0.)]
-    """
-    return [g / _FACTOR for g in _scaled_gradients(loss, parameters)]
-
-
-def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The `gradients` of a loss, all parameters one after the other.
-
-    Args:
-        loss: A scalar.
-        parameters: With P entries in all.
-
-    Returns:
-        [P], without a graph.
-
-    Example:
-        >>> a, b = torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True)
-        >>> flat_gradient((3 * a).sum(), [a, b])
-        tensor([3., 3., 0.])
-    """
-    return torch.cat([g.flatten() for g in _scaled_gradients(loss, parameters)]) / _FACTOR
-
-
 def with_gradient(parameters: Sequence[Tensor], gradient: Tensor) -> Tensor:
     r"""A function of the parameters that has a given gradient: their inner product with it.
 
@@ -149,13 +109,6 @@ def with_gradient(parameters: Sequence[Tensor], gradient: Tensor) -> Tensor:
     pieces = gradient.split([p.numel() for p in parameters])
     terms = [(p * g.view(p.shape)).sum() for p, g in zip(parameters, pieces, strict=True)]
     return torch.stack(terms).sum()
-
-
-def _scaled_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """`gradients`, times a factor."""
-    with torch.autocast(loss.device.type, enabled=False):
-        found = torch.autograd.grad(loss * _FACTOR, list(parameters), allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def _products(constraints: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

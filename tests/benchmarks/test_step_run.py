@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 
 import growth
 import pytest
@@ -49,6 +50,15 @@ def test_an_epoch_is_as_long_as_asked_for(run):
     assert sum(epoch.phases.values()) >= epoch.seconds
     assert {"data", "forward", "backward", "optimiser", "addon"} <= set(epoch.phases)
     assert epoch.rate == epoch.images / epoch.seconds
+
+
+@pytest.mark.parametrize("method", ["gem", "a-gem", "si"])
+def test_gradients_that_a_step_takes_itself_are_backward(method, monkeypatch):
+    """Of these the trainer's own backward pass is next to nothing."""
+    wide = partial(ConvNet, (64, 128))
+    monkeypatch.setattr(fastcil.engine.parts, "make_backbone_builder", lambda *_: wide)
+    phases = Run(method, DRAWN, "cpu").epoch(3).phases
+    assert phases["backward"] > 0.2 * sum(phases.values()), phases
 
 
 def test_companions_keep_their_share(run):

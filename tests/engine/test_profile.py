@@ -8,9 +8,9 @@ import pytest
 from backbones import ConvNet
 
 from fastcil.cli import main
-from fastcil.engine.phases import OTHER
 from fastcil.engine.profile import TRACED, WARM, profile
 from fastcil.errors import FastcilError
+from fastcil.nn.phases import OTHER
 
 DATA = "scenes:classes=4,size=32,train_per_class=8,test_per_class=4"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastcil.engine.phases import OTHER, PHASES, PhaseClock, phase
+from fastcil.nn.phases import OTHER, PHASES, PhaseClock, phase
 
 NAP = 0.02
 
