@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from compositions import SHORT
 from fastcil import train
 from fastcil.contract import Batch
 from fastcil.data import read_batch
-from fastcil.engine import reading
+from fastcil.engine import reading, seed_run
 from fastcil.engine.distributed import joined
 from fastcil.engine.loader import Loader
 from fastcil.engine.state import save_state
@@ -90,6 +91,30 @@ def learn(method: str) -> dict[str, Any]:
     )
     tasks = [[task.correct, task.exemplars] for task in result.outcomes[0].tasks]
     return {"parts": result.learner.state()["parts"], "tasks": tasks, "steps": len(STEPS)}
+
+
+def write_slowly(folder: Path, place: Mapping[str, str], timeout: float) -> None:
+    """Trains as one of the ranks, of which the first takes longer than ranks wait to write once.
+
+    Args:
+        folder: The run's; gets a file ``slow`` when that was done.
+        place: As `work` takes it.
+        timeout: Seconds that a rank waits for the others in a step.
+    """
+    os.environ.update(place)
+    torch.set_num_threads(1)
+    slow = folder / "slow"
+
+    def save_slowly(*what: Any) -> None:
+        if not slow.exists():
+            time.sleep(1.5 * timeout)
+            slow.touch()
+        save_state(*what)
+
+    seed_run.save_state = save_slowly
+    options = {**OPTIONS, "engine.rank_timeout": timeout, "engine.checkpoint_seconds": 0.0}
+    data = draw(11, 0), draw(2, 1)
+    train("er", data, "b3-inc2", "6 images", backbone=ConvNet, run_dir=folder, **options)
 
 
 def work(folder: Path, methods: Sequence[str], place: Mapping[str, str]) -> None:

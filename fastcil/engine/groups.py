@@ -109,7 +109,8 @@ class EngineOptions:
         threads: CPU threads of each process; None leaves torch's choice, or gives each of several
             processes on a machine its part of the cores.
         rank_timeout: Seconds that a process waits for the others in a step, where torchrun started
-            several; while data is read and files are written it waits however long that takes.
+            several; while data is read and files are written, checkpoints included, it waits
+            however long that takes.
         tensorboard: Whether to write TensorBoard events (an extra).
         progress: Whether to show progress.
         data: Where images stay: on the ``device``, in ``host`` memory, or in the file that they are

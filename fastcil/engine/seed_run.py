@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from fastcil.engine.records import collect_records, record_to_plain
 from fastcil.engine.result import Result, SeedOutcome, TaskOutcome
 from fastcil.engine.scenario import Arrival, pick, positions
 from fastcil.engine.state import load_state, locked, save_state
+from fastcil.engine.timer import Timer
 from fastcil.engine.trainer import Trainer
 from fastcil.engine.tsne import tsne_records
 from fastcil.nn.phases import phase
-from fastcil.nn.ranks import Ranks, current, working_as
+from fastcil.nn.ranks import current
 
 CHECKPOINT, LEARNER, RESULT = "checkpoint.safetensors", "learner.safetensors", "result.json"
 
@@ -56,7 +58,7 @@ class SeedRun:
         self.folder = folder
         self.learner: Learner | None = None
         self.outcome = SeedOutcome(seed)
-        self._saved_at = time.monotonic()
+        self._timer = Timer(plan.settings.engine.checkpoint_seconds)
         self._task_began = 0.0
         self._ahead: dict[str, int] | None = None
         self._sittings: list[dict[str, Any]] = []  # environments, this one's last
@@ -169,8 +171,8 @@ class SeedRun:
         self.outcome.tasks.append(outcome)
         tell("evaluated", self._headline(number, outcome))
         self.learner.method.release()
-        if self._writes is not None:
-            self._save(self.learner.state(), {})
+        learner = self.learner
+        self._save(lambda: {"learner": learner.state()})
 
     def _task(self, number: int) -> tuple[Task, list[str]]:
         """The task, with labels in learning order, and the names of its new classes."""
@@ -280,23 +282,30 @@ class SeedRun:
         }
 
     def _save_between_steps(self, trainer: Trainer) -> None:
-        due = self.plan.settings.engine.checkpoint_seconds
-        if self._writes is None or time.monotonic() - self._saved_at < due:
-            return
-        assert self.learner is not None
-        # The others go on to the next step.
-        with working_as(Ranks()):
-            state = self.learner.checkpoint(trainer)
-        seconds = time.monotonic() - self._task_began
-        self._save(state.pop("learner"), {**state, "seconds": seconds, "ahead": self._ahead})
+        if self.folder is not None and self._timer.is_due():
+            self._save(lambda: self._under_way(trainer))
 
-    def _save(self, learner: dict[str, Any], more: dict[str, Any]) -> None:
+    def _under_way(self, trainer: Trainer) -> dict[str, Any]:
+        """What going on in the middle of a task needs."""
+        assert self.learner is not None
+        seconds = time.monotonic() - self._task_began
+        return {**self.learner.checkpoint(trainer), "seconds": seconds, "ahead": self._ahead}
+
+    def _save(self, state: Callable[[], dict[str, Any]]) -> None:
         """One file holds everything, so that a kill leaves this checkpoint or the one before."""
-        if self._writes is not None:
+        folder = self.folder
+        if folder is None:
+            return
+
+        def write() -> None:
             tasks = [asdict(task) for task in self.outcome.tasks]
-            state = {"learner": learner, "tasks": tasks, "sittings": self._sittings, **more}
-            save_state(self._writes / CHECKPOINT, state)
-            self._saved_at = time.monotonic()
+            save_state(
+                folder / CHECKPOINT, {"tasks": tasks, "sittings": self._sittings, **state()}
+            )
+
+        # However long it takes, the others wait: in a collective of the next step they would not.
+        on_first(write)
+        self._timer.restart()
 
     def _finish(self) -> None:
         """The finished run's files; the result is written last, since it says it is finished."""

@@ -10,21 +10,24 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from compositions import SAMPLE
-from ranks_worker import work
-from thread_ranks import run_ranks
+from ranks_worker import work, write_slowly
+from thread_ranks import ThreadRanks, run_ranks, sharing
 
 import fastcil
 from fastcil import FastcilError
 from fastcil.cli import main
-from fastcil.engine import distributed, peers
+from fastcil.engine import distributed, peers, timer
 from fastcil.engine.distributed import ProcessRanks, check_alike, joined, on_first
 from fastcil.engine.groups import EngineOptions
 from fastcil.engine.state import load_state
@@ -61,12 +64,14 @@ def place(rank: int, size: int, port: int) -> dict[str, str]:
 
 def run_worker(folder: Path, size: int, methods: Sequence[str]) -> None:
     """Trains the methods with so many processes."""
+    start(size, lambda told: FORKS.Process(target=work, args=(folder, methods, told)))
+
+
+def start(size: int, process_of: Callable[[dict[str, str]], Any]) -> None:
+    """Starts so many processes, each told its place, and waits for them."""
     FORKS.set_forkserver_preload(IMPORTS)
     port = free_port()
-    processes = [
-        FORKS.Process(target=work, args=(folder, methods, place(rank, size, port)))
-        for rank in range(size)
-    ]
+    processes = [process_of(place(rank, size, port)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
@@ -230,6 +235,44 @@ def test_a_rank_that_is_killed_ends_the_run_and_one_goes_on(killed, tmp_path, ca
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-3), name
         elif isinstance(a, torch.Tensor):
             assert torch.equal(a, b), name
+
+
+def test_ranks_wait_for_a_checkpoint_however_long_it_takes(tmp_path: Path) -> None:
+    start(2, lambda told: FORKS.Process(target=write_slowly, args=(tmp_path, told, 4.0)))
+    assert (tmp_path / "slow").exists() and (tmp_path / "result.json").is_file()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0, 60.0])
+def test_ranks_agree_on_what_is_due_and_seldom_ask(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps take 10 ms on the first rank, by whose clock it goes, and anything on the others."""
+    clock = threading.local()
+    monkeypatch.setattr(timer, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    with sharing(monkeypatch, timer) as working_as:
+
+        def work(ranks: ThreadRanks) -> tuple[list[int], int]:
+            clock.now, due = 100.0 * ranks.rank, []
+            with working_as(ranks):
+                told = timer.Timer(seconds)
+                for step in range(700):
+                    clock.now += 0.01 * (1 + ranks.rank)
+                    if told.is_due():
+                        due.append(step)
+                        told.restart()
+            return due, ranks.calls
+
+        first, *others = run_ranks(3, work)
+    due, calls = first
+    assert all(found == first for found in others)
+    if seconds == 0:
+        assert due == list(range(700))
+    else:
+        periods = [b - a for a, b in pairwise([-1, *due])]
+        assert len(due) == int(7 / seconds)
+        assert all(100 * seconds <= period <= 100 * seconds + 2 for period in periods)
+        assert calls < 12 * (len(due) + 1)
 
 
 # What is refused, and said
