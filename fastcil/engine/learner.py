@@ -136,7 +136,8 @@ class Learner:
 
         Raises:
             FastcilError: Data that can't be used, or have no room where ``engine.data`` wants them;
-                a class that is known already; ``few_shot`` where ``engine.epoch_choice`` is ``paper``, which wants test images.
+                a class that is known already; ``few_shot`` where ``engine.epoch_choice`` is
+                ``paper``, which wants test images.
         """
         engine = self.settings.engine
         examples, found = load_examples(data, skip_bad=self.settings.groups["load"].skip_bad)

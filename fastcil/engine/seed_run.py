@@ -299,9 +299,7 @@ class SeedRun:
 
         def write() -> None:
             tasks = [asdict(task) for task in self.outcome.tasks]
-            save_state(
-                folder / CHECKPOINT, {"tasks": tasks, "sittings": self._sittings, **state()}
-            )
+            save_state(folder / CHECKPOINT, {"tasks": tasks, "sittings": self._sittings, **state()})
 
         # However long it takes, the others wait: in a collective of the next step they would not.
         on_first(write)
