@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastcil.contract import Stage, Task
+from fastcil.engine.compiling import compile_alone
 from fastcil.engine.lesson import Lesson
 from fastcil.engine.online import leading
 from fastcil.engine.parts import Parts
@@ -147,8 +148,7 @@ class Run:
             self.parts.method.train()
             self.stage.begin()
         self.stage.begin = self.stage.finish = None
-        torch.compiler.reset()
-        self._compiled = torch.compile(self.stage.objective)
+        self._compiled = compile_alone(self.stage.objective)
 
     @property
     def _parts(self) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastcil.contract import Losses, Stage, restore_optimizer
 from fastcil.data import Augmentation
+from fastcil.engine.compiling import compile_alone
 from fastcil.engine.epoch_choice import EpochChoice
 from fastcil.engine.events import Listener
 from fastcil.engine.laps import Laps
@@ -226,9 +227,7 @@ class Trainer:
                 lane.restore(state)
         self.cursor.begun = True
         if self.compiled:
-            # A stage's code is compiled once per task; the limit on recompiles is per code object.
-            torch.compiler.reset()
-            stage.compiled = torch.compile(stage.objective)
+            stage.compiled = compile_alone(stage.objective)
         main = self._lanes[0]
         self.tell(
             "stage",

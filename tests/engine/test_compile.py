@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -94,3 +96,69 @@ def test_compiled_objectives_survive_growing_heads(
     assert_same(tensors[0], tensors[1])
     assert any(graphs for _, graphs in made)
     assert not any(graphs for epoch, graphs in made if epoch > 0)
+
+
+def learn_pairs(tasks: int, **options: Any) -> fastcil.Learner:
+    """A learner of two classes a task, few steps each."""
+    rng = np.random.default_rng(0)
+    learner = fastcil.Learner(
+        "finetune",
+        memory="none",
+        backbone=ConvNet,
+        **{
+            "engine.compile": True,
+            "engine.epoch_scale": 0.01,
+            "engine.batch_size": 4,
+            "engine.progress": False,
+            **options,
+        },
+    )
+    for t in range(tasks):
+        learner.learn({f"{t}{k}": rng.integers(0, 256, (4, 12, 12, 3), np.uint8) for k in range(2)})
+    return learner
+
+
+def test_a_long_stream_stays_compiled(counted_compile, monkeypatch) -> None:
+    """More stages than torch traces one piece of code."""
+    tasks, made = torch._dynamo.config.recompile_limit + 2, []
+    run_stage = Trainer._run_stage
+
+    def counted(trainer: Trainer, *arguments: Any) -> None:
+        before = dict(counted_compile)
+        run_stage(trainer, *arguments)
+        made.append([counted_compile[name] - before[name] for name in ("graphs", "calls")])
+
+    monkeypatch.setattr(Trainer, "_run_stage", counted)
+    learn_pairs(tasks)
+    assert len(made) == tasks
+    # Batches are alike, so that each stage is traced once; the first is the longer one.
+    assert made[1:] == [[1, made[1][1]]] * (tasks - 1)
+    assert made[0][0] == 1 and made[0][1] >= made[1][1] > 0
+
+
+def test_what_the_caller_compiled_stays_compiled(counted_compile) -> None:
+    own = torch.compile(lambda x: x.cos() + 1)
+    own(torch.ones(3))
+    before = counted_compile["graphs"]
+    learn_pairs(1)
+    made = counted_compile["graphs"]
+    assert made > before
+    own(torch.zeros(3))
+    assert counted_compile["graphs"] == made
+
+
+def test_graphs_go_with_their_stage(monkeypatch) -> None:
+    graphs: list[weakref.ref[Any]] = []
+    compile_ = torch.compile
+
+    def backend(graph: Any, inputs: Iterable[Tensor]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            return graph(*args)
+
+        graphs.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=backend))
+    learn_pairs(3)
+    gc.collect()
+    assert len(graphs) == 3 and not any(graph() for graph in graphs)
