@@ -185,6 +185,11 @@ def test_the_few_shot_tables(data: str, sessions: int, published: str) -> None:
         assert config.normalised
         recipes.append(config.recipe if figure.method == "joint" else config.first)
     assert all(recipe == recipes[0] for recipe in recipes)
+    # As many anchors as the other methods have exemplars, 400 or what 400 leave each base class.
+    base = int(preset.arguments["scenario"].split("-")[1])
+    quota = Budget.parse(preset.arguments["memory"]).quota(base)
+    gas = make_settings("topic", preset.options_for(["topic"])).groups["topic"]
+    assert gas.nodes == quota * base
     topic = {"cifar100": 42.62, "mini-imagenet": 39.64, "cub200": 43.92}[data]
     assert next(f.average for f in preset.published if f.method == "topic") == topic
 
