@@ -45,12 +45,14 @@ CLASSES = {
     "cifar100": 100,
     "cifar10": 10,
     "mini-imagenet": 100,
+    "mnist": 10,
 }
 SAMC = [name for name in preset_names() if name.startswith("samc/")]
 DLCFT = [name for name in preset_names() if name.startswith("dlcft/")]
 FEW_SHOT = [n for n in preset_names() if read_preset(n).arguments["scenario"].startswith("few-")]
+MNIST = "lecnet/mnist-5"
 SIDES = {"cim": 224, "samc/mini": 84, "lecnet/cub200": 224, "fscil/mini": 84, "fscil/cub200": 224}
-SIDES |= {"dlcft/mit67": 224}
+SIDES |= {"lecnet/mnist": 28, "dlcft/mit67": 224}
 SHARED = {"title", "images", "configs", "runs", "pretrained", *ARGUMENTS}
 # Of the runs of one file the first that a method is in: they differ in tasks and memory.
 CELLS = [
@@ -75,7 +77,7 @@ def test_files_hold_nothing_unknown(file: Path) -> None:
     assert set(content["configs"]) <= {*METHODS, *ADDONS}
 
 
-@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SAMC, *FEW_SHOT, *DLCFT}))
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SAMC, *FEW_SHOT, *DLCFT, MNIST}))
 def test_a_preset_is_a_run(name: str) -> None:
     preset = read_preset(name)
     data, scenario, memory = preset.arguments.values()
@@ -162,6 +164,23 @@ def test_the_ablations_of_lecnet(name: str) -> None:
         "gamma-0.8": (30.2, {}),
     }.get(told) or (figure.last, {"gamma": float(told.removeprefix("gamma-"))})
     assert (figure.last, own) == (last, changed)
+
+
+def test_general_incremental_learning_without_memory() -> None:
+    """Yang et al. (2021), Table 6 and App. A.4, with the Configs of Buzzega et al. (2020)."""
+    preset = read_preset(MNIST)
+    data, scenario, memory = preset.arguments.values()
+    assert split_classes(scenario, CLASSES[data]) == [2] * 5 and memory == "none"
+    check_parts(preset)
+    figures = {figure.method: figure.last for figure in preset.published}
+    assert figures == {"si": 19.27, "lwf": 19.62, "dark": 19.61, "dark+lec": 19.90}
+    for method in figures:
+        settings = make_settings(method, preset.options_for([method]))
+        name, network = method.partition("+")[0], settings.groups["network"]
+        assert settings.groups[name] == lookup("method", name).PRESETS["mnist"]
+        recipe = settings.groups[name].later
+        assert (recipe.epochs, recipe.batch_size) == (1, 10)
+        assert (network.name, network.width, settings.engine.order_seed) == ("mlp", 100, None)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +289,7 @@ def test_published_figures(name: str, method: str, average: float, last: float |
 
 def test_every_cell_of_the_tables_is_there() -> None:
     counts = dict.fromkeys(("Table 1", "Table 2", "Table 4"), 0)
-    for name in {*preset_names()} - {*SAMC, *FEW_SHOT, *DLCFT}:
+    for name in {*preset_names()} - {*SAMC, *FEW_SHOT, *DLCFT, MNIST}:
         for figure in read_preset(name).published:
             for table in counts:
                 counts[table] += figure.source.replace("Tables 1 and 5", "Table 1").endswith(table)
