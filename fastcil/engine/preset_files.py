@@ -35,6 +35,8 @@ class Published:
         source: Paper and table.
         bwt: Backward transfer in points, as that paper averages it.
         exemplars: Exemplars held after the last task.
+        mebibytes: What they take, and what they are completed with.
+        seconds: Time that the first two tasks took.
         sessions: Accuracy on all classes known after each task, where it is told; the average is
             then theirs, to two places.
     """
@@ -45,6 +47,8 @@ class Published:
     source: str
     bwt: float | None = None
     exemplars: float | None = None
+    mebibytes: float | None = None
+    seconds: float | None = None
     sessions: tuple[float, ...] = field(default=(), repr=False)
 
     @property
@@ -62,6 +66,8 @@ class Published:
         parts = [] if shown == "-" else [shown]
         parts += [] if self.bwt is None else [f"BWT {self.bwt:.2f}"]
         parts += [] if self.exemplars is None else [f"{self.exemplars:,.0f} exemplars"]
+        parts += [] if self.mebibytes is None else [f"{self.mebibytes:,.0f} MiB"]
+        parts += [] if self.seconds is None else [f"two tasks in {self.seconds:,.0f} s"]
         return ", ".join(parts)
 
 
@@ -162,7 +168,7 @@ def read_preset(name: str) -> RunPreset:
         >>> preset = read_preset("cim/imagenet100-lfh5")
         >>> preset.arguments["memory"], preset.published[0]
         ('20 images/class', Published(method='icarl', average=62.53, last=None, \
-source='Luo et al. (2023), Table 1', bwt=None, exemplars=None))
+source='Luo et al. (2023), Table 1', bwt=None, exemplars=None, mebibytes=None, seconds=None))
     """
     for stem, content in _files():
         for run, own in content["runs"].items():

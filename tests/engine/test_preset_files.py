@@ -122,7 +122,7 @@ def test_the_samc_papers_protocol(name: str) -> None:
             large = method in ("finetune", "ewc", "icarl") and data != "cifar10"
             if method not in ("lwf", "ebm", "eec"):  # Not told.
                 assert recipe.lr == (1.0 if large else 0.1)
-        assert settings.engine.order_seed is None
+        assert settings.engine.order_seed is None and settings.engine.forward_transfer
         augment, network = settings.groups["augment"], settings.groups["network"]
         assert (network.name, network.width, network.stem) == ("resnet18", 20, "cifar")
         made = make_augmentation(augment, augment.size, augment.crop, True)
@@ -272,11 +272,29 @@ def test_published_transfers(name, method, last, bwt, exemplars) -> None:
     assert figure.exemplars == exemplars and "Bai et al. (2023)" in figure.source
 
 
+def test_published_costs() -> None:
+    """Bai et al. (2023), Table 3: MB of images and autoencoder, seconds of two tasks."""
+    figures = {}
+    for name in ("samc/mini-imagenet-255", "samc/mini-imagenet-85-mu-0.6"):
+        preset = read_preset(name)
+        ((figure,), room) = preset.published, Budget.parse(preset.arguments["memory"]).amount
+        figures[figure.method] = (figure.mebibytes, figure.seconds, room)
+        assert figure.source.endswith("Table 3") and figure.last is None
+    gem, samc = figures["gem"], figures["gem+samc"]
+    assert gem[:2] == (413, 133) and samc[1] == 133 + 7 + 3
+    assert samc[0] == pytest.approx(413 / 3 + 0.5, abs=0.05) and gem[2] == 3 * samc[2]
+    # 413 MB: 5,120 images of 84 x 84 in four bytes a value, 256 for each of 20 tasks of 5 classes.
+    images = 413 * 2**20 / (84 * 84 * 3 * 4)
+    assert round(images / 20) == 256 and gem[2] == 256 // 5
+
+
 def test_figures_as_text() -> None:
     figure = Published("gem", None, 50.28, "")
     full = replace(figure, bwt=-13.56, exemplars=2250)
     assert full.text == "- / 50.28, BWT -13.56, 2,250 exemplars"
     assert replace(figure, average=9.0).text == "9.00 / 50.28"
+    cost = Published("gem", None, None, "", mebibytes=413, seconds=133)
+    assert cost.text == "413 MiB, two tasks in 133 s"
     nothing = replace(figure, last=None)
     assert nothing.text == "" and replace(nothing, exemplars=3).text == "3 exemplars"
 
