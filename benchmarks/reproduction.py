@@ -12,6 +12,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -31,7 +32,8 @@ FOLDER = ROOT / "benchmarks" / "reproduction"
 DOCUMENTS = (ROOT / "README.md", FOLDER / "README.md")
 # Where a figure was taken: what a reader needs to take it again.
 FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "threads", "device")
-COLUMNS = ("method", "average", "last", "BWT", "difference", "exemplars", "bytes", "with networks")
+COLUMNS = ("method", "average", "last", "BWT", "FWT", "difference", "exemplars", "bytes")
+COLUMNS += ("with networks", "time")
 PRESET_COLUMNS = (
     *("preset", "method", "published", "in", "average", "last", "BWT", "seeds", "hours", "device"),
     *("commit", "changed"),
@@ -180,6 +182,10 @@ def keep_preset(run_dir: Path) -> Path:
         },
         "per_seed": {measure: result.per_seed(measure) for measure in MEASURES},
         "hours": result.seconds / 3600,
+        "task_seconds": [
+            fmean(task.seconds for task in tasks)
+            for tasks in zip(*(outcome.tasks for outcome in result.outcomes), strict=True)
+        ],
         "exemplars": result.exemplars,
         "nbytes": result.nbytes,
         "changed": changes(result.config, preset.arguments, preset.options_for([method])),
@@ -246,8 +252,7 @@ def preset_rows(name: str) -> list[list[str]]:
         if run is None:
             rows.append([*cells, *[""] * (len(PRESET_COLUMNS) - len(cells))])
             continue
-        if figure.exemplars is not None:
-            cells[2] += f" (here {run['exemplars']:,.0f})"
+        cells[2] += _beside(figure, run)
         for number, (readout, measures) in enumerate(run["readouts"].items()):
             ours = [_figure(*measures[m]) if m in measures else "" for m in MEASURES]
             if number:
@@ -261,11 +266,25 @@ def preset_rows(name: str) -> list[list[str]]:
     return rows
 
 
+def _beside(figure: Published, run: dict[str, Any]) -> str:
+    """Ours of what else was published: exemplars, their bytes, the time of two tasks."""
+    ours = []
+    if figure.exemplars is not None:
+        ours.append(f"{run['exemplars']:,.0f}")
+    if figure.mebibytes is not None:
+        ours.append(f"{run['nbytes'] / 2**20:,.0f} MiB")
+    if figure.seconds is not None:
+        ours.append(f"{sum(run['task_seconds'][:2]):,.0f} s")
+    return f" (here {', '.join(ours)})" if ours else ""
+
+
 def table(content: dict[str, Any]) -> str:
     """The Markdown table of a kept comparison, and a line that says where it comes from."""
     rows = [Row(**row) for row in content["rows"]]
     measures = [measure for measure in MEASURES if measure in rows[0].measures]
-    columns = [column for column in COLUMNS if column != "BWT" or "bwt" in measures]
+    transfer = any(row.transfer for row in rows)
+    told = {"BWT": "bwt" in measures, "FWT": transfer}
+    columns = [column for column in COLUMNS if told.get(column, True)]
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     seen: set[str] = set()
     for row in rows:
@@ -274,9 +293,12 @@ def table(content: dict[str, Any]) -> str:
         cells = [
             f"`{row.method}`" if first else f"&emsp;{row.readout}",
             *(_figure(*row.measures[measure]) for measure in measures),
+            *[_figure(*row.transfer) if row.transfer else ""] * transfer,
             _figure(*row.differences["average"], sign=True) if row.differences else "",
-            *((f"{row.exemplars:,.0f}", f"{row.nbytes:,}", f"{row.all_nbytes:,}") if first else ""),
         ]
+        if first:
+            cells += [f"{row.exemplars:,.0f}", f"{row.nbytes:,}", f"{row.all_nbytes:,}"]
+            cells.append(_time(row.seconds))
         cells += [""] * (len(columns) - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
     if rows[0].sessions:
@@ -321,6 +343,14 @@ def _place(facts: dict[str, Any]) -> str:
         f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, "
         f"Python {facts['python']}, commit {facts['commit']}"
     )
+
+
+def _time(seconds: float) -> str:
+    """Seconds below two minutes, else h:mm:ss."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _figure(mean: float, half: float | None, sign: bool = False) -> str:

@@ -98,6 +98,26 @@ def test_figures_are_kept_and_tabled(
     assert "three times chance, which say nothing: `er` 14.9 % (chance 5.0 %)." in (
         reproduction.table(hardly)
     )
+    heads, *lines = (
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in reproduction.table(content).splitlines()
+        if line.startswith("|")
+    )
+    times = {row["method"]: row["seconds"] for row in reversed(content["rows"])}
+    assert heads[-1] == "time" and "FWT" not in heads
+    for name, seconds in times.items():
+        shown_time = next(cells for cells in lines if cells[0] == f"`{name}`")[-1]
+        assert shown_time == f"{seconds:.0f} s"
+    own, *others = content["rows"]
+    measured = {**content, "rows": [{**own, "transfer": [1.25, None], "seconds": 7443.4}, *others]}
+    heads, _, first, *rest = (
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in reproduction.table(measured).splitlines()
+        if line.startswith("|")
+    )
+    column = heads.index("FWT")
+    assert column == heads.index("BWT") + 1 and first[column] == "1.2" and first[-1] == "2:04:03"
+    assert {cells[column] for cells in rest if len(cells) > column} == {""}
     with pytest.raises(SystemExit, match="no place"):
         reproduction.with_tables({one: "nothing"})
     with pytest.raises(SystemExit, match="no finished seed"):
@@ -202,6 +222,13 @@ def test_a_run_of_a_preset_is_kept_and_tabled(
     other.write_text(json.dumps({"runs": [held]}))
     (row, _) = reproduction.preset_rows("samc/cifar100-10-mu-0.9")
     assert row[2] == "2,250 exemplars (here 2,112)"
+    # So do their bytes and the time of two tasks.
+    cost = {**icarl, "method": "gem", "nbytes": 103.4 * 2**20, "task_seconds": [9.2, 10.4, 30.0]}
+    (tmp_path / "presets" / "samc-mini-imagenet-255.json").write_text(json.dumps({"runs": [cost]}))
+    (row, _) = reproduction.preset_rows("samc/mini-imagenet-255")
+    assert row[2] == "413 MiB, two tasks in 133 s (here 103 MiB, 20 s)"
+    assert len(icarl["task_seconds"]) == 2
+    assert sum(icarl["task_seconds"]) == pytest.approx(3600 * icarl["hours"])
     transfers = [part for part in text.split("<details>") if "BWT" in part]
     assert [part.split("code>")[1] for part in transfers] == ["dlcft</", "samc</"]
     assert all("| BWT |" in part for part in transfers)
