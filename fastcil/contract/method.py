@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -28,7 +27,7 @@ class Method(Persistent):
     A method with ``selection = "own"`` chooses its exemplars itself, while it trains: it is told
     in ``task.room`` how many there will be room for, and answers ``chosen``. One whose tasks bring
     extractors of their own says so by ``adds_extractors``: their batch norms must train.
-    ``published_network`` holds what a method is published with of ``network.last_relu`` and
+    ``published_network`` says what a Config is published with of ``network.last_relu`` and
     ``network.zero_init_residual``, where these are left open. ``likelihood`` tells by which loss
     its primary stages learn: softmax cross-entropy is ``categorical``, squared error ``gaussian``.
 
@@ -42,7 +41,6 @@ class Method(Persistent):
     selection: ClassVar[Literal["herding", "random", "own"]] = "herding"
     auto_augment: ClassVar[bool] = False
     adds_extractors: ClassVar[bool] = False
-    published_network: ClassVar[Mapping[str, bool]] = MappingProxyType({})
     likelihood: Literal["categorical", "gaussian"] = "categorical"
     network: Network
 
@@ -50,6 +48,11 @@ class Method(Persistent):
         super().__init__()
         self.config = config
         self.context = context
+
+    @classmethod
+    def published_network(cls, config: Any) -> dict[str, bool]:
+        """``last_relu`` and ``zero_init_residual`` as a Config is published; {} for the usual."""
+        return {}
 
     @abstractmethod
     def begin_task(self, task: Task) -> None:

@@ -111,7 +111,8 @@ class Parts:
                 f"network.norms is 'first', but {method_name} adds an extractor in every task, "
                 f"whose batch norms must train; leave it 'train'."
             )
-        bare = backbone or make_backbone_builder(network, size, method_class.published_network)
+        published = method_class.published_network(settings.config(method_name))
+        bare = backbone or make_backbone_builder(network, size, published)
         make, start = bare, None
         if network.weights is not None:
             settled = None if backbone else settle(network, size)

@@ -1,7 +1,9 @@
 """Presets of whole runs: data, scenario, memory, network and Configs, as published experiments are.
 
 They are YAML files, `fastcil/presets/FAMILY/FILE.yaml`; a file describes what the runs of one data
-set share and, under ``runs``, what each has of its own. `FAMILY/FILE-RUN` is a preset's name.
+set share and, under ``runs``, what each has of its own. `FAMILY/FILE-RUN` is a preset's name. Its
+``configs`` name the published Config that a method or an addon takes; a run's win over the file's,
+and ``null`` there leaves a part its defaults.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import yaml
 
 from fastcil.contract import lookup, nearest, parse_composition
+from fastcil.contract.registry import ADDONS, METHODS
 from fastcil.engine.groups import GROUPS
 from fastcil.engine.options import flatten, nest
 from fastcil.errors import FastcilError
@@ -206,11 +209,32 @@ def _make(name: str, content: Mapping[str, Any], own: Mapping[str, Any]) -> RunP
         str(shared["title"]),
         {key: str(merged[key]) for key in ARGUMENTS},
         {key: value for key, value in merged.items() if key not in ARGUMENTS},
-        {**shared.get("configs", {}), **own.get("configs", {})},
+        _configs(name, {**shared.get("configs", {}), **own.get("configs", {})}),
         dict(shared["images"]),
         tuple(_published(own.get("published", {}))),
         shared.get("pretrained"),
     )
+
+
+def _configs(name: str, told: Mapping[str, Any]) -> dict[str, str]:
+    """Part -> the name of its Config, of those that are to have one.
+
+    Raises:
+        FastcilError: A part that is neither a method nor an addon, or a Config that is no name.
+    """
+    parts = [*METHODS, *ADDONS]
+    for part, config in told.items():
+        if part not in parts:
+            raise FastcilError(
+                f"preset '{name}' gives a Config to '{part}', which is neither a method nor an "
+                f"addon; {nearest(str(part), parts)}"
+            )
+        if not (config is None or isinstance(config, str)):
+            raise FastcilError(
+                f"preset '{name}' gives {part} the Config {config!r}; it must be the name of one, "
+                f"or null for the defaults of {part}."
+            )
+    return {part: config for part, config in told.items() if config is not None}
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:

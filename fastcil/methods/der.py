@@ -28,8 +28,10 @@ from fastcil.contract import (
 )
 from fastcil.errors import FastcilError
 from fastcil.memory.balance import balanced_subset
+from fastcil.methods.recipes import PYCIL_FIRST
 from fastcil.nn import LinearHead, Network
 from fastcil.nn.channel_masks import MaskedResNet
+from fastcil.nn.heads import aligning_factor
 from fastcil.nn.lifecycle import channels, linear_head, new_head, start_network, successor
 from fastcil.nn.pruning import PrunedResNet, prune
 
@@ -42,6 +44,8 @@ _IMAGENET = Recipe(
     warmup=20,
     batch_size=256,
 )
+_AS_LATER = Recipe(epochs=0, lr=0.1)
+_PYCIL_LATER = replace(PYCIL_FIRST, epochs=170, milestones=(80, 120, 150), weight_decay=2e-4)
 _CLASSIFIER = Recipe(epochs=30, lr=0.1, schedule="step", milestones=(15,))
 
 
@@ -75,6 +79,8 @@ class DER(Method):
     Stage ``classifier``, from the second task on: H is drawn anew and trained alone, the network
     in evaluation mode, on a class-balanced subset, by CE(H u / T, y). The subset holds of each
     class as many images as the smallest one has, drawn with a generator seeded by the task.
+    ``balance="weights"`` has none: the rows of H of new classes are brought to the mean length of
+    the others, as `WA` does (Zhao et al. 2020), which is what PyCIL's DER ends a task with.
 
     The extractors beyond the first are `Retained` networks.
 
@@ -90,18 +96,24 @@ class DER(Method):
     class Config:
         """Settings of DER; the default is the released CIFAR-100 configuration.
 
-        ``DER.PRESETS["imagenet"]`` is the ImageNet-100 one. Milestones count from the end of the
-        warm-up, as in the released scheduler: 100 and 120 fall at epochs 110 and 130.
+        ``DER.PRESETS["imagenet"]`` is the ImageNet-100 one, ``PRESETS["pycil"]`` what PyCIL (Zhou et
+        al. 2023) trains CIFAR-100 with: other recipes, heads with a bias, H copied, and weights
+        aligned. Milestones count from the end of the warm-up, as in the released scheduler: 100
+        and 120 fall at epochs 110 and 130.
 
         Args:
             representation: Recipe of the first stage, in every task; at the end of its
                 ``warmup`` epochs the heads are drawn anew.
+            first: Recipe of the first task; without epochs it is ``representation``.
             classifier: Recipe of the second stage. With ``engine.epoch_scale`` it shrinks too,
                 to too few steps for a fresh head soon; a short run wants more epochs here.
             aux_weight: lambda_a (Yan et al. 2021, Eq. 4).
             temperature: T by which the second stage divides the logits: 5 for CIFAR-100, 1 for
                 ImageNet-100.
             head: ``fresh`` (released code) or ``copied`` (paper).
+            bias: Whether the heads have a bias.
+            balance: What ends a task from the second on: the stage ``classifier``, or aligned
+                ``weights``, for which ``classifier`` and ``temperature`` say nothing.
             masks: Whether each extractor is masked and pruned (paper) or stays whole.
             sparsity: lambda_s. The authors tuned it for every setting and name no value; this is
                 that of HAT (Serra et al. 2018), where the masks come from.
@@ -109,10 +121,13 @@ class DER(Method):
         """
 
         representation: Recipe = _CIFAR
+        first: Recipe = _AS_LATER
         classifier: Recipe = _CLASSIFIER
         aux_weight: float = 1.0
         temperature: float = 5.0
         head: Literal["fresh", "copied"] = "fresh"
+        bias: bool = False
+        balance: Literal["classifier", "weights"] = "classifier"
         masks: bool = False
         sparsity: float = 0.75
         largest_scale: float = 400.0
@@ -123,7 +138,7 @@ class DER(Method):
             check_positive("largest_scale", self.largest_scale)
             check_not_negative("aux_weight", self.aux_weight)
             check_not_negative("sparsity", self.sparsity)
-            if self.classifier.epochs < 1:
+            if self.balance == "classifier" and self.classifier.epochs < 1:
                 raise FastcilError(
                     f"classifier.epochs is {self.classifier.epochs}; it must be at least 1, since "
                     f"the stage starts from a fresh head."
@@ -134,7 +149,14 @@ class DER(Method):
             representation=_IMAGENET,
             classifier=replace(_CLASSIFIER, batch_size=256),
             temperature=1.0,
-        )
+        ),
+        "pycil": Config(
+            representation=_PYCIL_LATER,
+            first=PYCIL_FIRST,
+            head="copied",
+            bias=True,
+            balance="weights",
+        ),
     }
 
     config: Config
@@ -151,7 +173,7 @@ class DER(Method):
         """Adds an extractor, freezes the others, and makes heads."""
         if task.first:
             backbone = self._masked(self.context.make_backbone())
-            self.network = start_network(backbone, task.total, bias=False)
+            self.network = start_network(backbone, task.total, bias=self.config.bias)
             return
         old = list(self.network.extractors)
         new = self._grown(old[-1])
@@ -160,10 +182,11 @@ class DER(Method):
             head = linear_head(self.network)
             head.grow(task.total, features)
         else:
-            head = new_head(new, features, task.total, bias=False)
+            head = new_head(new, features, task.total, bias=self.config.bias)
         self.network = Network([*old, new], head)
         self.network.freeze(*range(len(old)))
-        self.aux_head = new_head(new, channels(new), len(task.new_classes) + 1, bias=False)
+        outputs = len(task.new_classes) + 1
+        self.aux_head = new_head(new, channels(new), outputs, bias=self.config.bias)
 
     def _masked(self, backbone: nn.Module) -> nn.Module:
         """A backbone with masks, if there are to be any."""
@@ -178,11 +201,13 @@ class DER(Method):
         return self._masked(last.unpruned(self.context.make_backbone()))
 
     def stages(self, task: Task) -> list[Stage]:
-        """``representation`` and, from the second task on, ``classifier``."""
+        """``representation`` and, from the second task on, ``classifier``, if there is one."""
         everything = (task.examples, task.exemplars)
         recipe = self.config.representation
+        if task.first and self.config.first.epochs:
+            recipe = self.config.first
         stream = Stream(everything, recipe.batch_size)
-        masks = self.config.masks
+        masks, aligned = self.config.masks, self.config.balance == "weights"
         stages: list[Stage] = [
             _AnnealedStage(
                 name="representation",
@@ -193,12 +218,12 @@ class DER(Method):
                 parameters=self._trained,
                 primary=True,
                 logits=self.logits,
-                finish=self._prune if masks else None,
-                before_epoch=[self._start_epoch],
+                finish=partial(self._finish, task.known) if masks or aligned else None,
+                before_epoch=[partial(self._start_epoch, recipe.warmup)],
                 before_step=partial(self._anneal, stream.steps) if masks else None,
             )
         ]
-        if task.first:
+        if task.first or aligned:
             return stages
         labels = torch.cat([part.labels.cpu() for part in everything])
         recipe = self.config.classifier
@@ -242,11 +267,11 @@ class DER(Method):
         logits = self.network(batch.images) / self.config.temperature
         return {"classification": F.cross_entropy(logits, batch.labels)}
 
-    def _start_epoch(self, epoch: int) -> None:
+    def _start_epoch(self, warmup: int, epoch: int) -> None:
         """Draws the heads anew in the first epoch after the warm-up; softens the masks."""
         if self.config.masks:
             self.position.zero_()
-        if self.config.head == "fresh" and epoch and epoch == self.config.representation.warmup:
+        if self.config.head == "fresh" and epoch and epoch == warmup:
             redraw(linear_head(self.network))
             if self.aux_head is not None:
                 redraw(self.aux_head)
@@ -260,6 +285,21 @@ class DER(Method):
         done = (self.position / (steps - 1)).clamp(max=1.0) if steps > 1 else 1.0
         newest.set_scale(softest + (sharpest - softest) * torch.as_tensor(done))
         self.position += 1
+
+    def _finish(self, known: int) -> None:
+        """Prunes where there are masks, and aligns the head where that balances it."""
+        if self.config.masks:
+            self._prune()
+        if self.config.balance == "weights":
+            self._align(known)
+
+    @torch.no_grad()
+    def _align(self, known: int) -> None:
+        """Makes the rows of the classes from ``known`` on as long as those before."""
+        weight = linear_head(self.network).weight
+        if 0 < known < len(weight):
+            weight[known:].mul_(aligning_factor(weight, known))
+        self.aux_head = None
 
     def _prune(self) -> None:
         """Removes the channels that are off, and the head's columns that read them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -91,8 +90,8 @@ class ICaRL(Method):
     There the linear head classifies: ``linear`` is then its first readout.
 
     The features of the released CIFAR network are not rectified: it has no ReLU at its end, and
-    so it is here (``published_network``). PyCIL's has one: to repeat its figures take its preset
-    and ``network.last_relu=True``.
+    so it is here, where ``network.last_relu`` leaves it open. PyCIL's has one, and so its preset
+    does (``Config.last_relu``).
 
     Example:
         >>> ICaRL.Config().loss, ICaRL.PRESETS["pycil"].loss
@@ -128,6 +127,7 @@ class ICaRL(Method):
                 those of the ``last-block`` alone.
             normalised: Whether the head reads feature vectors of unit length, as Tao et al.'s
                 (2020) does; see `fastcil.nn.LinearHead`.
+            last_relu: Whether the network ends with its ReLU, where ``network.last_relu`` is None.
         """
 
         first: Recipe = _CIFAR
@@ -140,6 +140,7 @@ class ICaRL(Method):
         reg: float = 1.0
         trains: Literal["all", "last-block"] = "all"
         normalised: bool = False
+        last_relu: bool = False
 
         def __post_init__(self) -> None:
             check_choices(self)
@@ -149,7 +150,13 @@ class ICaRL(Method):
 
     PRESETS: ClassVar[dict[str, Config]] = {
         "imagenet": Config(first=_IMAGENET, later=_IMAGENET, flip_means=False),
-        "pycil": Config(first=PYCIL_FIRST, later=_PYCIL_LATER, loss="softmax", flip_means=False),
+        "pycil": Config(
+            first=PYCIL_FIRST,
+            later=_PYCIL_LATER,
+            loss="softmax",
+            flip_means=False,
+            last_relu=True,
+        ),
         "samc-cifar10": Config(first=online(0.1), later=online(0.1), form="online"),
         "samc-cifar100": Config(first=online(1.0), later=online(1.0), form="online"),
         "samc-mini": Config(first=online(1.0), later=online(1.0), form="online"),
@@ -159,8 +166,6 @@ class ICaRL(Method):
     }
 
     config: Config
-    published_network = MappingProxyType({"last_relu": False})
-
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
@@ -169,6 +174,11 @@ class ICaRL(Method):
         self.nearest: NearestMean | TaskMeans = (
             TaskMeans(self.outputs) if config.form == "online" else NearestMean(config.flip_means)
         )
+
+    @classmethod
+    def published_network(cls, config: Any) -> dict[str, bool]:
+        """The last ReLU as the Config has it."""
+        return {"last_relu": config.last_relu}
 
     def begin_task(self, task: Task) -> None:
         """Keeps a copy of the network as teacher and adds the new classes to its head."""

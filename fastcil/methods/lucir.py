@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -136,13 +135,16 @@ class LUCIR(Method):
     }
 
     config: Config
-    published_network = MappingProxyType({"last_relu": False})
-
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
         self.nearest = NearestMean(config.flip_means)
         self.balanced = BalancedSet()
+
+    @classmethod
+    def published_network(cls, config: Any) -> dict[str, bool]:
+        """Features without a last ReLU."""
+        return {"last_relu": False}
 
     @property
     def head(self) -> CosineHead:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -122,13 +121,16 @@ class PODNet(Method):
     }
 
     config: Config
-    published_network = MappingProxyType({"last_relu": False, "zero_init_residual": True})
-
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None
         self.nearest = NearestMean(flip=True)
         self.balanced = BalancedSet()
+
+    @classmethod
+    def published_network(cls, config: Any) -> dict[str, bool]:
+        """Features without a last ReLU, residual branches that start at zero."""
+        return {"last_relu": False, "zero_init_residual": True}
 
     @property
     def head(self) -> ProxyHead:

@@ -28,6 +28,7 @@ from fastcil.contract import (
 from fastcil.memory.means import NearestMean
 from fastcil.methods.recipes import PYCIL_FIRST
 from fastcil.nn import Network, distillation
+from fastcil.nn.heads import aligning_factor
 from fastcil.nn.lifecycle import frozen_copy, linear_head, start_network
 
 _CIFAR = Recipe(
@@ -207,25 +208,6 @@ class WA(Method):
     def readouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """``linear``, the method's own, and ``nme`` while there are exemplars."""
         return {"linear": self.logits, **self.nearest.readouts(self.network.features)}
-
-
-def aligning_factor(weight: Tensor, known: int) -> Tensor:
-    """Mean length of the first rows over that of the others (Zhao et al. 2020, weight aligning).
-
-    Args:
-        weight: A head's rows.  # [K, D]
-        known: How many of them are of old classes.
-
-    Returns:
-        gamma; 1 if the rows of the new classes are all zero.  # []
-
-    Example:
-        >>> aligning_factor(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), known=1)
-        tensor(2.5000)
-    """
-    lengths = weight.norm(dim=1)  # [K]
-    old, new = lengths[:known].mean(), lengths[known:].mean()
-    return torch.where(new > 0, old / new, torch.ones_like(old))
 
 
 @dataclass

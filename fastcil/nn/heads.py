@@ -170,3 +170,22 @@ class LinearHead(nn.Module):
         """What ``print`` shows."""
         kind = ", normalised=True" if self.normalised else ""
         return f"{self.in_features}, {self.classes}, bias={self.bias is not None}{kind}"
+
+
+def aligning_factor(weight: Tensor, known: int) -> Tensor:
+    """Mean length of the first rows over that of the others (Zhao et al. 2020, weight aligning).
+
+    Args:
+        weight: A head's rows.  # [K, D]
+        known: How many of them are of old classes.
+
+    Returns:
+        gamma; 1 if the rows of the new classes are all zero.  # []
+
+    Example:
+        >>> aligning_factor(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), known=1)
+        tensor(2.5000)
+    """
+    lengths = weight.norm(dim=1)  # [K]
+    old, new = lengths[:known].mean(), lengths[known:].mean()
+    return torch.where(new > 0, old / new, torch.ones_like(old))

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from fastcil.contract import evaluating
+from fastcil.errors import FastcilError
 from fastcil.methods.der import DER
 
 
 def make(lab, **options):
     torch.manual_seed(0)
-    return DER(lab.shorten(DER.Config(**options)), lab.context)
+    config = DER.Config(**options)
+    return DER(replace(lab.shorten(config), first=config.first), lab.context)
 
 
 def snapshot(module):
@@ -219,3 +221,49 @@ def test_published_schedules():
     assert drops == [110, 130]
     drops = [e for e in range(1, 220) if imagenet.lr_at(e) < 0.5 * imagenet.lr_at(e - 1)]
     assert drops == [80, 140, 180, 200]
+
+
+def test_pycils_form(lab):
+    """Heads with a bias, H copied, recipes of its own, and aligned weights at the end of a task."""
+    pycil = DER.PRESETS["pycil"]
+    assert [round(pycil.first.lr_at(e), 6) for e in (59, 60, 120, 170)] == [0.1, 0.01, 1e-3, 1e-4]
+    later = pycil.representation
+    assert [round(later.lr_at(e), 6) for e in (0, 79, 80, 120, 150)] == [0.1, 0.1, 0.01, 1e-3, 1e-4]
+    assert (pycil.first.epochs, later.epochs, later.weight_decay) == (200, 170, 2e-4)
+    torch.manual_seed(0)
+    method = DER(lab.shorten(pycil), lab.context)
+    first, second, third = lab.make_tasks((3, 2, 1))
+    for task in (first, second, third):
+        old = method.network.head.state_dict() if not task.first else {}
+        old = {name: value.clone() for name, value in old.items()}
+        method.begin_task(task)
+        head = method.network.head
+        if old:
+            rows, columns = old["weight"].shape
+            assert torch.equal(head.weight[:rows, :columns], old["weight"])
+            assert torch.equal(head.bias[:rows], old["bias"]) and method.aux_head.bias is not None
+        (stage,) = method.stages(task)
+        assert stage.recipe == (method.config.first if task.first else method.config.representation)
+        finish, stage.finish = stage.finish, None
+        lab.Loop().run(stage)
+        before = {k: v.clone() for k, v in head.state_dict().items()}
+        finish()
+        lengths = before["weight"].double().pow(2).sum(1).sqrt().numpy()
+        gamma = 1.0 if task.first else lengths[: task.known].mean() / lengths[task.known :].mean()
+        assert task.first or abs(gamma - 1) > 1e-3
+        expected = before["weight"].double().numpy()
+        expected[task.known :] *= gamma
+        np.testing.assert_allclose(head.weight.detach().double().numpy(), expected, rtol=1e-5)
+        assert torch.equal(head.bias, before["bias"]) and method.aux_head is None
+        method.end_task(lab.after(task))
+        method.release()
+
+
+def test_without_a_recipe_of_its_own_the_first_task_has_that_of_all(lab):
+    method = make(lab)
+    (task,) = lab.make_tasks((3,))
+    method.begin_task(task)
+    assert method.stages(task)[0].recipe == method.config.representation
+    with pytest.raises(FastcilError, match="classifier.epochs is 0"):
+        DER.Config(classifier=replace(DER.Config().classifier, epochs=0))
+    assert DER.Config(classifier=replace(DER.Config().classifier, epochs=0), balance="weights")

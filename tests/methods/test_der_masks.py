@@ -40,7 +40,8 @@ def resnets(lab) -> SimpleNamespace:
 def make(lab, epochs=3, **options):
     torch.manual_seed(0)
     config = DER.Config(masks=True, **{"largest_scale": LARGEST, **options})
-    return DER(lab.shorten(config, epochs=epochs), lab.context)
+    short = replace(lab.shorten(config, epochs=epochs), first=config.first)
+    return DER(short, lab.context)
 
 
 def turn_off(method, share=0.5):

@@ -326,7 +326,7 @@ def test_a_backbone_without_levels_is_a_sentence(lab):
 
 def test_a_published_network_trains_with_double_backward(lab):
     """ResNet-20 as PODNet has it: no last ReLU, residual branches that start at zero."""
-    options = dict(PODNet.published_network)
+    options = PODNet.published_network(PODNet.Config())
     assert options == {"last_relu": False, "zero_init_residual": True}
     method = make(lab)
     method.context.make_backbone = lambda: resnet20(width=4, **options)

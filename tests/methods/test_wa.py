@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastcil.contract import evaluating
-from fastcil.methods.wa import WA, aligning_factor
+from fastcil.methods.wa import WA
+from fastcil.nn.heads import aligning_factor
 
 
 def make(lab, **options):
