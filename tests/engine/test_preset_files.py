@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import fastcil
 from fastcil.cli import main
 from fastcil.contract import lookup
 from fastcil.contract.registry import ADDONS, METHODS
-from fastcil.data import Augmentation
+from fastcil.data import Augmentation, ImageStore, load
 from fastcil.engine import preset_files
 from fastcil.engine.arguments import parse_run
 from fastcil.engine.compare import compare
@@ -33,7 +34,7 @@ from fastcil.engine.resolve import make_augmentation
 from fastcil.engine.run import train
 from fastcil.engine.scenario import split_classes
 from fastcil.errors import FastcilError
-from fastcil.memory import Budget
+from fastcil.memory import Budget, make_codec
 from fastcil.methods.lecnet import LECNet
 from fastcil.methods.lucir import LUCIR
 
@@ -451,6 +452,27 @@ def test_configs_that_a_file_gets_wrong_are_a_sentence(
     with pytest.raises(FastcilError, match=says) as caught:
         read_preset("my/own-5").options_for(configs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cim/imagenet100-lfh10", "cim/imagenet1000-lfh5"])
+def test_files_of_mrdc_are_as_many_as_published(name: str, photos: ImageStore) -> None:
+    """Wang et al. (2022): at quality 50, 37 of a class in the room of 20 images."""
+    preset = read_preset(name)
+    mrdc = make_settings("lucir+mrdc", preset.options_for(["lucir+mrdc"])).groups["mrdc"]
+    codec = make_codec("jpeg", quality=mrdc.quality, bits_per_pixel=mrdc.bits_per_pixel)
+    assert mrdc.quality == 50
+    room = Budget.parse(preset.arguments["memory"]).quota(classes=100)
+    units = codec.units(codec.encode(photos, None))
+    assert room / float(units.mean()) == pytest.approx(37, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def photos() -> ImageStore:
+    """Three images of each of fifty classes of Caltech-101."""
+    name = "caltech101-50c.tar"
+    if not Path(os.environ.get("FASTCIL_DATA", "."), name).is_file():
+        pytest.skip(f"FASTCIL_DATA has no {name}")
+    return load(f"{name}:train_per_class=3,test_per_class=1").train.images
 
 
 def test_what_is_said_outright_wins(tmp_path: Path) -> None:

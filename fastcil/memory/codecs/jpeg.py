@@ -36,9 +36,9 @@ class JpegCodec(Codec[ByteStore]):
     Args:
         quality: libjpeg's scale, 1 to 100.
         bits_per_pixel: Of what counts as one image in a budget of images: 24 for a raw one.
-            Wang et al. count against the data set's files, which are JPEG themselves: with
-            ImageNet's, 20 images become 37 at quality 50. The mean of the files at hand, here,
-            repeats such an account.
+            Wang et al. count against the data set's files, which are JPEG themselves, and in
+            their account 20 images become 37 at quality 50. The mean of the files at hand, here,
+            makes such an account.
 
     Raises:
         FastcilError: A quality that is no whole number from 1 to 100; ``bits_per_pixel`` that are
