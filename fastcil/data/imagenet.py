@@ -3,7 +3,8 @@
 Training images lie in `train/<class>/`, validation images in `val/<class>/`, or all together in
 `val/` with what says their classes beside it: Kaggle's `LOC_val_solution.csv`, or the development
 kit's `data/ILSVRC2012_validation_ground_truth.txt` and `data/meta.mat`. Kaggle's archive has both
-folders in `ILSVRC/Data/CLS-LOC`.
+folders in `ILSVRC/Data/CLS-LOC`. Its two lists, where they lie beside the images, tell the objects'
+true boxes (`fastcil.data.imagenet_boxes`).
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import io
+from torch import Tensor
 
 from fastcil.data.assemble import assemble
 from fastcil.data.image_files import Reader, read_files
+from fastcil.data.imagenet_boxes import FILES, true_boxes
 from fastcil.data.listing import Listing, Parts, is_image
 from fastcil.data.places import find_folder, look_for_folder, resolve
-from fastcil.data.store import Dataset
+from fastcil.data.store import Dataset, Examples
 from fastcil.data.subset import WHOLE, Subset
 from fastcil.errors import DataError
 
@@ -36,7 +41,7 @@ _OWN_FOLDERS = (
     "seed_1993_subset_100_imagenet/data",
 )
 _INSIDE = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
-_KAGGLE = "LOC_val_solution.csv"
+_KAGGLE = FILES["val"]
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _KITS = ("", "data", "devkit", "devkit/data", "ILSVRC2012_devkit_t12/data")
 _WNID = re.compile(r"n\d{8}")
@@ -186,7 +191,8 @@ def load_imagenet(
         reader: reads the images of a part.
 
     Returns:
-        The data set, its classes sorted, their images by path.
+        The data set, its classes sorted, their images by path; with the objects' boxes where
+        Kaggle's lists of them are there.
 
     Raises:
         DataError: If a folder, or the labels of validation images, is missing, or an image does
@@ -225,16 +231,45 @@ def load_imagenet(
         listing.files.update((f, root.joinpath(*f)) for f in files)
     skipped: list[str] = []
     read: list[str] = []
+    test_files: list[str] = []
     train_read, test_read = (
         reader(listing, subset.files(files, per_class), names, skip_bad, skipped, found)
         for files, per_class, found in (
             (train, subset.train_per_class, read),
-            (test, subset.test_per_class, None),
+            (test, subset.test_per_class, test_files),
         )
     )
     title = subset.name((name or path.name) + (f" ({class_list})" if class_list else ""))
     parts = ("train", "val")
-    return assemble(title, str(path), train_read, test_read, names, parts, skip_bad, skipped, read)
+    data = assemble(title, str(path), train_read, test_read, names, parts, skip_bad, skipped, read)
+    kept = set(data.class_names)
+    lists = {part: _find(path, root, file) for part, file in FILES.items()}
+    return replace(
+        data,
+        train_boxes=_boxes(lists["train"], train_read, read, names, kept),
+        test_boxes=_boxes(lists["val"], test_read, test_files, names, kept),
+    )
+
+
+def _boxes(
+    file: Path | None, part: Examples, files: Sequence[str], names: Sequence[str], kept: set[str]
+) -> Tensor | None:
+    """The true boxes of a part's images, of classes that were kept; None where nothing tells."""
+    if file is None:
+        return None
+    classes = [names[label] for label in part.labels.tolist()]
+    boxes = true_boxes(file, part, [Path(name).stem for name in files], classes)
+    return None if boxes is None else boxes[torch.tensor([name in kept for name in classes])]
+
+
+def _near(path: Path, root: Path) -> Iterator[Path]:
+    """Folders where what belongs to the images may lie."""
+    yield from dict.fromkeys((path, root, *root.parents[:3]))
+
+
+def _find(path: Path, root: Path, name: str) -> Path | None:
+    """A file that lies beside the images; None where there is none."""
+    return next((place / name for place in _near(path, root) if (place / name).is_file()), None)
 
 
 def _root(path: Path) -> Path | None:
@@ -307,8 +342,7 @@ def _validation_labels(path: Path, root: Path) -> Callable[[], dict[str, str]] |
     """Reads the class of each validation image by its stem; None where folders say it."""
     if _folders(root / "val") or not _images(root / "val"):
         return None
-    places = [*dict.fromkeys((path, root, *root.parents[:3]))]
-    for place in places:
+    for place in _near(path, root):
         if (place / _KAGGLE).is_file():
             return lambda: _kaggle_labels(place / _KAGGLE)
         for kit in _KITS:

@@ -353,7 +353,8 @@ class Dataset:
         train: Training examples.
         test: Test examples.
         class_names: Name of each label.
-        train_boxes: int16 [N, 4], the objects' true boxes in the training images, if known.
+        train_boxes: int16 [N, 4], the objects' true boxes in the training images, if known; empty
+            ones where those of an image are not.
         test_boxes: The same for the test images.
         skipped: Files that could not be used, each with its reason.
         train_files: What each training image is called on disk, where it is a file: its path from

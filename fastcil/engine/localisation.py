@@ -33,7 +33,8 @@ def localisation_records(
 
     Args:
         learner: It has learned the task.
-        dataset: Its ``train_boxes`` are the objects' true boxes, where they are known.
+        dataset: Its ``train_boxes`` are the objects' true boxes, where they are known; images
+            whose box is empty are left out.
         arrival: The task.
         order: Classes learned, in learning order.
         correct: ``top1`` and ``count`` of each of them.
@@ -44,16 +45,25 @@ def localisation_records(
     records = []
     if true is not None and found is not None:
         index = positions(train, arrival)
-        sizes = train.images.sizes.cpu()[index]
-        records.append(quality_record(found, true.cpu()[index], sizes, before))
+        boxes, sizes = true.cpu()[index], train.images.sizes.cpu()[index]
+        known = not_empty(boxes)
+        if known.any():
+            found = found[known.to(found.device)]
+            records.append(quality_record(found, boxes[known], sizes[known], before))
     whose, shares = "the boxes of exemplars", held_shares(learner.memory, classes)
     if true is not None:
-        labels = places(order, train.labels)
+        labels = places(order, train.labels).cpu()
+        labels = torch.where(not_empty(true.cpu()), labels, -1)
         whose, shares = "true boxes", class_shares(labels, true, train.images.sizes, classes)
     if shares is not None:
         table = size_record(shares, correct, learner.memory.counts(classes), whose)
         records += [] if table is None else [table]
     return records
+
+
+def not_empty(boxes: Tensor) -> Tensor:
+    """Which boxes, [N, 4], have an area, bool [N]."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
 def overlaps(found: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,12 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import torch
 from scipy import io
 
 from fastcil.data import load, load_examples
 from fastcil.data.imagenet import class_ids, load_imagenet, read_class_list, subset_ids
+from fastcil.data.subset import Subset
 from fastcil.errors import DataError
 
 WNIDS = ("n01440764", "n01514668", "n01531178", "n15075141")
@@ -185,3 +187,64 @@ def test_what_is_missing_is_one_sentence(tmp_path, monkeypatch, source, words):
 def test_no_training_folder_says_where_it_looked(tmp_path):
     with pytest.raises(DataError, match="looked for the folders train, Data/CLS-LOC/train, ILSVRC"):
         load_imagenet(tmp_path)
+
+
+def solution(*rows):
+    return "\n".join(["ImageId,PredictionString", *rows])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_kaggles_lists_tell_the_objects_boxes(tmp_path, flat):
+    """One box around all objects of an image's class, in whole pixels, inside; images are 6 x 7."""
+    write(tmp_path / "ILSVRC" / "Data" / "CLS-LOC", flat=flat)
+    first, second = WNIDS[:2]
+    train = [
+        f"{first}_9,{first} 1 2 4 5 ",
+        f"{first}_8,{first} 2 1 3 4 {second} 0 0 7 6 {first} 4 0 6 3",  # the other class's is not
+        f"{first}_7,{first} 5.5 3.2 90 80",
+        f"{second}_9,{first} 1 1 2 2",  # none of its class
+        f"{second}_8,{second} 9 9 12 12",  # outside
+        "n99999999_1,n99999999 1 1 2",  # of an image that is not read
+    ]
+    (tmp_path / "LOC_train_solution.csv").write_text(solution(*train))
+    for file in (tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val").glob("*/*"):
+        file.rename(file.with_stem(f"{file.parent.name}_{file.stem}"))  # each name once
+    row = f"{FLAT[2] if flat else first + '_ILSVRC2012_val_0'},{first} 1 2 3 4"
+    rows = [f"{s},{w} 0 0 7 6" for s, w in zip(FLAT, TRUTH, strict=True)]
+    rows = [*rows[:2], row, *rows[3:]] if flat else [row]
+    (tmp_path / "LOC_val_solution.csv").write_text(solution(*rows))
+    data = load_imagenet(tmp_path)
+    names = {file: k for k, file in enumerate(data.train_files)}
+    assert data.train_boxes.dtype == torch.int16 and data.train_boxes.shape == (12, 4)
+    found = {file: data.train_boxes[k].tolist() for file, k in names.items()}
+    assert found.pop(f"{first}/{first}_9.JPEG") == [2, 1, 5, 4]
+    assert found.pop(f"{first}/{first}_8.JPEG") == [0, 2, 4, 6]
+    assert found.pop(f"{first}/{first}_7.JPEG") == [3, 5, 6, 7]
+    assert set(map(tuple, found.values())) == {(0, 0, 0, 0)}
+    own = data.test_boxes[data.test.labels == 0].tolist()
+    assert own[0] == [2, 1, 4, 3] and own[1] == ([0, 0, 6, 7] if flat else [0, 0, 0, 0])
+    assert len(data.test_boxes) == len(data.test)
+    # Of a part, the boxes of what is left of it.
+    part = load_imagenet(tmp_path, subset=Subset(classes=(0, 2)))
+    assert part.train_boxes.shape == (6, 4)
+    assert part.train_boxes[:3].tolist() == data.train_boxes[:3].tolist()
+    # Without training boxes there are none, with others' neither.
+    (tmp_path / "LOC_train_solution.csv").write_text(solution("x,n1 1 1 2 2"))
+    assert load_imagenet(tmp_path).train_boxes is None
+    (tmp_path / "LOC_train_solution.csv").unlink()
+    assert load_imagenet(tmp_path).train_boxes is None
+    for bad in (f"{first} 1 2 3", f"{first} 1 2 3 four"):
+        (tmp_path / "LOC_train_solution.csv").write_text(solution(f"{first}_9,{bad}"))
+        with pytest.raises(DataError, match="line 2 of .*LOC_train_solution.csv has 'n01440764 1"):
+            load_imagenet(tmp_path)
+
+
+def test_a_class_that_is_left_out_takes_its_boxes_along(tmp_path):
+    write(tmp_path)
+    for file in (tmp_path / "val" / WNIDS[1]).iterdir():
+        file.write_bytes(b"no image")
+    rows = [f"{w}_{k},{w} {c} 1 5 5" for c, w in enumerate(WNIDS) for k in (7, 8, 9)]
+    (tmp_path / "LOC_train_solution.csv").write_text(solution(*rows))
+    data = load_imagenet(tmp_path, skip_bad=True)
+    assert data.class_names == (WNIDS[0], *WNIDS[2:]) and len(data.train_boxes) == 9
+    assert data.train_boxes[:, 1].tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 3]

@@ -137,6 +137,27 @@ def test_a_run_on_data_with_true_boxes_measures_its_own() -> None:
     assert shown[2] == f"{100 * float(true[3]):.1f} %"
 
 
+def test_images_whose_box_is_not_known_are_left_out() -> None:
+    data = make_scenes(classes=4, size=32, train_per_class=8, test_per_class=2)
+    boxes = data.train_boxes.clone()
+    gone = torch.arange(len(boxes)) % 8 >= 3
+    boxes[gone] = 0
+    some = replace(data, train_boxes=boxes)
+    result = train("er+cam", some, "lfs-2", "8 images", backbone=ConvNet, **OPTIONS)
+    order, labels = result.learner.class_names, data.train.labels
+    wanted = torch.tensor([data.class_names[label] in order[2:] for label in labels.tolist()])
+    known = wanted & ~gone
+    found = result.learner.parts.offered[~gone[wanted]]
+    fit = overlaps(found, data.train_boxes[known])[0].mean()
+    (quality,) = records(result, 1, QUALITY)
+    shown = quality["payload"]["y"]["mean intersection over union (IoU)"][1]
+    assert shown == pytest.approx(float(fit))
+    sizes = data.train.images.sizes
+    true = class_shares(labels[~gone], boxes[~gone], sizes[~gone], 4).sort().values
+    (by_size,) = records(result, 1, SIZES)
+    assert by_size["payload"]["rows"][0][2] == f"{100 * float(true[0]):.1f} %"
+
+
 def test_without_boxes_of_any_kind_there_is_nothing_to_say() -> None:
     data = make_scenes(classes=4, size=32, train_per_class=8, test_per_class=2)
     bare = replace(data, train_boxes=None, test_boxes=None)
