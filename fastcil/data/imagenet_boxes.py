@@ -1,8 +1,8 @@
 """The objects' true boxes in ImageNet's images, as Kaggle tells them.
 
-`LOC_train_solution.csv` and `LOC_val_solution.csv` (Russakovsky et al. 2015, localisation) have lines
-`<image>,<class> <x0> <y0> <x1> <y1> <class> <x0> ...`, an object each, in pixels. Of the training
-images they know less than half.
+`LOC_train_solution.csv` and `LOC_val_solution.csv` (localisation, Russakovsky et al. 2015) have a
+line for each image, `<image>,<class> <x0> <y0> <x1> <y1> <class> <x0> ...`, five words an object,
+in pixels. They need not know every image.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def true_boxes(
         >>> store = ImageStore.from_batch(torch.zeros(2, 6, 9, 3, dtype=torch.uint8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, FILES["val"])
-        ...     _ = file.write_text("ImageId,PredictionString" + chr(10) + "a,n1 1 2 4 5 n1 3 0 7 3")
+        ...     _ = file.write_text("ImageId,Objects" + chr(10) + "a,n1 1 2 4 5 n1 3 0 7 3")
         ...     true_boxes(file, Examples(store, torch.tensor([0, 0])), ["a", "b"], ["n1", "n1"])
         tensor([[0, 1, 5, 7],
                 [0, 0, 0, 0]], dtype=torch.int16)
@@ -63,7 +63,7 @@ def true_boxes(
 
 def _read(file: Path, classes: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
     """Image -> y0, x0, y1 and x1 around the objects of its class, of the images asked for."""
-    found = {}
+    found: dict[str, tuple[float, ...]] = {}
     with open(file, encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.reader(lines), 1):
             if len(row) != 2 or row[0] not in classes:

@@ -96,8 +96,8 @@ class DER(Method):
     class Config:
         """Settings of DER; the default is the released CIFAR-100 configuration.
 
-        ``DER.PRESETS["imagenet"]`` is the ImageNet-100 one, ``PRESETS["pycil"]`` what PyCIL (Zhou et
-        al. 2023) trains CIFAR-100 with: other recipes, heads with a bias, H copied, and weights
+        ``DER.PRESETS["imagenet"]`` is the ImageNet-100 one, ``PRESETS["pycil"]`` what PyCIL (Zhou
+        et al. 2023) trains CIFAR-100 with: other recipes, heads with a bias, H copied, and weights
         aligned. Milestones count from the end of the warm-up, as in the released scheduler: 100
         and 120 fall at epochs 110 and 130.
 

@@ -166,6 +166,7 @@ class ICaRL(Method):
     }
 
     config: Config
+
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None

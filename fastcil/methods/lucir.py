@@ -135,6 +135,7 @@ class LUCIR(Method):
     }
 
     config: Config
+
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None

@@ -121,6 +121,7 @@ class PODNet(Method):
     }
 
     config: Config
+
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self.teacher: Network | None = None

@@ -235,7 +235,7 @@ def test_kaggles_lists_tell_the_objects_boxes(tmp_path, flat):
     assert load_imagenet(tmp_path).train_boxes is None
     for bad in (f"{first} 1 2 3", f"{first} 1 2 3 four"):
         (tmp_path / "LOC_train_solution.csv").write_text(solution(f"{first}_9,{bad}"))
-        with pytest.raises(DataError, match="line 2 of .*LOC_train_solution.csv has 'n01440764 1"):
+        with pytest.raises(DataError, match=r"line 2 of .*LOC_train_solution.csv has 'n01440764 1"):
             load_imagenet(tmp_path)
 
 

@@ -264,6 +264,6 @@ def test_without_a_recipe_of_its_own_the_first_task_has_that_of_all(lab):
     (task,) = lab.make_tasks((3,))
     method.begin_task(task)
     assert method.stages(task)[0].recipe == method.config.representation
-    with pytest.raises(FastcilError, match="classifier.epochs is 0"):
+    with pytest.raises(FastcilError, match=r"classifier\.epochs is 0"):
         DER.Config(classifier=replace(DER.Config().classifier, epochs=0))
     assert DER.Config(classifier=replace(DER.Config().classifier, epochs=0), balance="weights")
