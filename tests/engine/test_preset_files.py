@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import fastcil
 from fastcil.cli import main
 from fastcil.contract import lookup
 from fastcil.contract.registry import ADDONS, METHODS
-from fastcil.data import Augmentation, ImageStore, load
+from fastcil.data import Augmentation
 from fastcil.engine import preset_files
 from fastcil.engine.arguments import parse_run
 from fastcil.engine.compare import compare
@@ -24,7 +22,6 @@ from fastcil.engine.options import check_keys, config_types, make_settings
 from fastcil.engine.parts import Parts
 from fastcil.engine.preset_files import (
     ARGUMENTS,
-    Published,
     RunPreset,
     is_run_preset,
     preset_names,
@@ -34,9 +31,8 @@ from fastcil.engine.resolve import make_augmentation
 from fastcil.engine.run import train
 from fastcil.engine.scenario import split_classes
 from fastcil.errors import FastcilError
-from fastcil.memory import Budget, make_codec
+from fastcil.memory import Budget
 from fastcil.methods.lecnet import LECNet
-from fastcil.methods.lucir import LUCIR
 
 FILES = sorted((Path(fastcil.__file__).parent / "presets").glob("*/*.yaml"))
 CLASSES = {
@@ -237,198 +233,6 @@ def test_the_command_line_has_the_same_options(name: str) -> None:
     assert settings == make_settings("foster", mine)
 
 
-FIGURES = [
-    # Table, method, average, last
-    ("cim/food101-lfs10", "foster+cim", 74.85, None),
-    ("cim/food101-lfh25", "podnet+aanets", 66.93, None),
-    ("cim/imagenet100-lfs5", "der+cim", 79.63, None),
-    ("cim/imagenet100-lfs10", "foster+cim", 77.94, 71.12),
-    ("cim/imagenet100-lfh10", "lucir+mrdc", 72.81, None),
-    ("cim/imagenet1000-lfs10-20k", "foster+cim", 69.53, 62.07),
-    ("cim/imagenet1000-lfs10-5k", "foster", 54.72, 44.96),
-    ("cim/imagenet1000-lfh25", "lucir+mnemonics", 63.08, None),
-    ("cifar100/b0-10", "foster", 72.90, None),
-    ("cifar100/b50-10-resnet18", "der", 72.81, 65.64),
-]
-
-
-# Bai et al. (2023), Tables 1, 2 and 4: preset, method, last accuracy, backward transfer, exemplars.
-TRANSFERS = [
-    ("samc/cifar10-10", "finetune", 63.24, -17.91, None),
-    ("samc/cifar10-10", "gem+samc", 75.37, -11.12, None),
-    ("samc/cifar100-10", "eec", 53.03, -10.69, None),
-    ("samc/cifar100-10", "gem+samc", 56.16, -8.24, 870),
-    ("samc/cifar100-10-zero", "gem+samc", 47.91, -14.32, None),
-    ("samc/cifar100-10-mu-0.9", "gem+samc", None, None, 2250),
-    ("samc/mini-imagenet-10", "gem", 40.78, -9.87, None),
-    ("samc/mini-imagenet-10-rule", "gem+samc", 44.10, -6.72, None),
-    ("samc/mini-imagenet-50", "gem", None, None, None),
-]
-
-
-@pytest.mark.parametrize(("name", "method", "last", "bwt", "exemplars"), TRANSFERS)
-def test_published_transfers(name, method, last, bwt, exemplars) -> None:
-    (figure,) = [f for f in read_preset(name).published if f.method == method]
-    assert (figure.average, figure.last, figure.bwt) == (None, last, bwt)
-    assert figure.exemplars == exemplars and "Bai et al. (2023)" in figure.source
-
-
-def test_published_costs() -> None:
-    """Bai et al. (2023), Table 3: MB of images and autoencoder, seconds of two tasks."""
-    figures = {}
-    for name in ("samc/mini-imagenet-255", "samc/mini-imagenet-85-mu-0.6"):
-        preset = read_preset(name)
-        ((figure,), room) = preset.published, Budget.parse(preset.arguments["memory"]).amount
-        figures[figure.method] = (figure.mebibytes, figure.seconds, room)
-        assert figure.source.endswith("Table 3") and figure.last is None
-    gem, samc = figures["gem"], figures["gem+samc"]
-    assert gem[:2] == (413, 133) and samc[1] == 133 + 7 + 3
-    assert samc[0] == pytest.approx(413 / 3 + 0.5, abs=0.05) and gem[2] == 3 * samc[2]
-    # 413 MB: 5,120 images of 84 x 84 in four bytes a value, 256 for each of 20 tasks of 5 classes.
-    images = 413 * 2**20 / (84 * 84 * 3 * 4)
-    assert round(images / 20) == 256 and gem[2] == 256 // 5
-
-
-def test_figures_as_text() -> None:
-    figure = Published("gem", None, 50.28, "")
-    full = replace(figure, bwt=-13.56, exemplars=2250)
-    assert full.text == "- / 50.28, BWT -13.56, 2,250 exemplars"
-    assert replace(figure, average=9.0).text == "9.00 / 50.28"
-    cost = Published("gem", None, None, "", mebibytes=413, seconds=133)
-    assert cost.text == "413 MiB, two tasks in 133 s"
-    nothing = replace(figure, last=None)
-    assert nothing.text == "" and replace(nothing, exemplars=3).text == "3 exemplars"
-
-
-@pytest.mark.parametrize(("name", "method", "average", "last"), FIGURES)
-def test_published_figures(name: str, method: str, average: float, last: float | None) -> None:
-    (figure,) = [f for f in read_preset(name).published if f.method == method]
-    assert (figure.average, figure.last) == (average, last) and figure.source
-
-
-def test_every_cell_of_the_tables_is_there() -> None:
-    counts = dict.fromkeys(("Table 1", "Table 2", "Table 4"), 0)
-    for name in {*preset_names()} - {*SAMC, *FEW_SHOT, *DLCFT, MNIST}:
-        for figure in read_preset(name).published:
-            for table in counts:
-                counts[table] += figure.source.replace("Tables 1 and 5", "Table 1").endswith(table)
-    # Table 1: 8 methods in 12 columns, but for DER and DER + CIM at N=25 (LFH), twice.
-    assert counts == {"Table 1": 8 * 12 - 4, "Table 2": 2 * 5 + 2 * 2, "Table 4": 4 * 6}
-    figures = [figure for name in SAMC for figure in read_preset(name).published]
-    # Bai et al. (2023), Table 1: ten methods on three data sets; Table 2: three more rows.
-    assert sum(figure.bwt is not None for figure in figures) == 3 * 10 + 3 * 3
-    assert sum(figure.exemplars is not None for figure in figures) == 10
-    figures = [figure for name in DLCFT for figure in read_preset(name).published]
-    counts = dict.fromkeys("12356", 0)
-    for figure in figures:
-        named = re.fullmatch(r"Shon et al. \(2022\), Tables? (\d[, and\d]*)", figure.source)
-        for table in re.findall(r"\d", named[1]):  # type: ignore[index]
-            counts[table] += 1
-    # Table 1: eight rows in three columns, joint training's figure for both lengths of CIFAR-100;
-    # 2: seven task- and four class-incremental ones; 3: four rows in three; 5: one empty; 6: four.
-    assert counts == {"1": 8 * 3, "2": 7 + 4, "3": 4 * 3, "5": 2 * 3 - 1, "6": 4}
-    assert len(figures) == len({(n, f.method) for n in DLCFT for f in read_preset(n).published})
-    assert sum(figure.bwt is not None for figure in figures) == counts["6"]
-    assert all(figure.last is not None and figure.average is None for figure in figures)
-
-
-_LUOS = {
-    **{"icarl": "pycil", "wa": "pycil", "podnet": "imagenet", "aanets": "pod", "der": "imagenet"},
-    **{"foster": "imagenet", "lucir": "imagenet", "mnemonics": None},
-}
-_PYCILS = {"icarl": "pycil", "wa": "pycil", "podnet": "pycil", "der": "pycil"}
-_FINE = ("finetune", "lwf", "ewc", "mas", "osla", "er", "dark", "darkpp", "joint")
-_SHONS = {**dict.fromkeys(_FINE, "finetuning"), "dlcft": None}
-# File or, over it, run -> part with named Configs -> the one it takes, None for the defaults.
-PUBLISHED_CONFIGS: dict[str, dict[str, str | None]] = {
-    "cifar100/b0": {**_PYCILS, "foster": "cifar-b0"},
-    **{f"cifar100/b0-{tasks}-resnet18": {"der": None} for tasks in (5, 10, 20)},
-    # PyCIL's plot has five tasks; PODNet's own paper is cited for ten.
-    "cifar100/b50": {**_PYCILS, "foster": "cifar-b50"},
-    "cifar100/b50-10": {"podnet": None},
-    **{f"cifar100/b50-{tasks}-resnet18": {"der": None} for tasks in (5, 10)},
-    "cim/food101": {**_LUOS, "foster": "food101"},
-    "cim/imagenet100": _LUOS,
-    "cim/imagenet1000": {**_LUOS, "lucir": "imagenet-1000"},
-    "dlcft/": _SHONS,
-    "dlcft/cifar100-task10": dict.fromkeys(("lwf", "ewc", "osla", "dlcft"), "finetuning-task"),
-    "dlcft/cifar100-task10-replay": _SHONS,
-    **{
-        f"dlcft/{run}-{form}": {"dlcft": form}
-        for run in ("cifar100-data10", "cifar100-data100", "cifar100-class10", "mit67-data4")
-        for form in ("kfac", "diagonal", "softmax", "softmax-kfac")
-    },
-    "fscil/cifar100": dict.fromkeys(METHODS, "fscil-cifar100"),
-    "fscil/cub200": dict.fromkeys(METHODS, "fscil-cub"),
-    "fscil/mini-imagenet": dict.fromkeys(METHODS, "fscil-mini"),
-    "lecnet/cub200": {"lecnet": "fscil-cub"},
-    MNIST: {"dark": "mnist", "si": "mnist", "lwf": "mnist"},
-    "samc/cifar10": {**dict.fromkeys((*METHODS, "samc"), "samc-cifar10"), "a-gem": "online"},
-    "samc/cifar100": {**dict.fromkeys((*METHODS, "samc"), "samc-cifar100"), "a-gem": "online"},
-    "samc/mini-imagenet": {**dict.fromkeys((*METHODS, "samc"), "samc-mini"), "a-gem": "online"},
-}
-
-
-def configs_of(name: str) -> dict[str, str | None]:
-    """Of the file, and over it of the run."""
-    found: dict[str, str | None] = {}
-    for start in sorted(filter(name.startswith, PUBLISHED_CONFIGS), key=len):
-        found |= PUBLISHED_CONFIGS[start]
-    return found
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_methods_take_their_published_configs(name: str) -> None:
-    """Every part of every cell that has named Configs, but for what the file says beside them."""
-    preset = read_preset(name)
-    told = [figure.method for figure in preset.published]
-    for text in dict.fromkeys([*told, *(part for part in preset.configs if part in METHODS)]):
-        method, *addons = text.split("+")
-        settings = make_settings(text, preset.options_for([text]))
-        for kind, part in (("method", method), *(("addon", addon) for addon in addons)):
-            named = getattr(lookup(kind, part), "PRESETS", {})
-            if not named:
-                assert part not in preset.configs
-                continue
-            wanted = configs_of(name)[part]
-            published = lookup(kind, part).Config() if wanted is None else named[wanted]  # type: ignore[attr-defined]
-            said = preset.options.get(part, {})
-            assert settings.groups[part] == replace(published, **said), part
-            assert preset.configs.get(part) == wanted
-
-
-def test_parameters_that_depend_on_the_number_of_tasks() -> None:
-    def config(name: str, method: str) -> object:
-        return make_settings(method, read_preset(name).options_for([method])).groups[method]
-
-    five = config("cifar100/b0-5", "foster")
-    assert [five.beta1_at(k) for k in range(1, 5)] == [0.97, 0.96, 0.95, 0.94]  # type: ignore[attr-defined]
-    twenty = config("cifar100/b0-20", "foster")
-    assert {twenty.beta1_at(k) for k in range(1, 20)} == {0.96}  # type: ignore[attr-defined]
-    lucir = config("cim/imagenet1000-lfh5", "lucir")
-    assert lucir.finetune and lucir.transfer  # type: ignore[attr-defined]
-    assert not LUCIR.PRESETS["imagenet-1000"].transfer
-    # One that a preset does not speak of keeps its defaults.
-    assert config("cim/food101-lfs10", "er") == make_settings("er").groups["er"]
-
-
-@pytest.mark.parametrize(
-    ("method", "rectified"), [("icarl", True), ("der", True), ("wa", True), ("podnet", False)]
-)
-def test_networks_of_pycils_figures_end_as_pycils(method: str, rectified: bool) -> None:
-    """With a ReLU, but for PODNet's."""
-    preset = read_preset("cifar100/b0-10")
-    settings = make_settings(method, preset.options_for([method]))
-    parts = Parts.build(settings, Budget(10, "images"), torch.device("cpu"), 32, "padded", None)
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    network = parts.context.make_backbone().eval()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.ones_(module.weight)  # PODNet's residual branches start at zero
-    with torch.no_grad():
-        assert bool((network(images) < 0).any()) != rectified
-
-
 @pytest.mark.parametrize(
     ("configs", "says"),
     [
@@ -452,27 +256,6 @@ def test_configs_that_a_file_gets_wrong_are_a_sentence(
     with pytest.raises(FastcilError, match=says) as caught:
         read_preset("my/own-5").options_for(configs)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["cim/imagenet100-lfh10", "cim/imagenet1000-lfh5"])
-def test_files_of_mrdc_are_as_many_as_published(name: str, photos: ImageStore) -> None:
-    """Wang et al. (2022): at quality 50, 37 of a class in the room of 20 images."""
-    preset = read_preset(name)
-    mrdc = make_settings("lucir+mrdc", preset.options_for(["lucir+mrdc"])).groups["mrdc"]
-    codec = make_codec("jpeg", quality=mrdc.quality, bits_per_pixel=mrdc.bits_per_pixel)
-    assert mrdc.quality == 50
-    room = Budget.parse(preset.arguments["memory"]).quota(classes=100)
-    units = codec.units(codec.encode(photos, None))
-    assert room / float(units.mean()) == pytest.approx(37, rel=0.1)
-
-
-@pytest.fixture(scope="module")
-def photos() -> ImageStore:
-    """Three images of each of fifty classes of Caltech-101."""
-    name = "caltech101-50c.tar"
-    if not Path(os.environ.get("FASTCIL_DATA", "."), name).is_file():
-        pytest.skip(f"FASTCIL_DATA has no {name}")
-    return load(f"{name}:train_per_class=3,test_per_class=1").train.images
 
 
 def test_what_is_said_outright_wins(tmp_path: Path) -> None:
