@@ -44,6 +44,10 @@ SCALES |= {"topic": 0.06, "lecnet": 0.05}
 MEMORY = {"gem": "3 images", "mer": "8 images"}
 
 
+# Images that are always the same, at which a teacher looks once.
+PLAIN = {"lwf": {"augment.crop": "none", "augment.flip": False, "augment.brightness": 0.0}}
+
+
 class DoubleNet(ConvNet):
     """Takes what some addons read in single precision too."""
 
@@ -87,7 +91,12 @@ def learn(method: str) -> dict[str, Any]:
     scale = {"engine.epoch_scale": SCALES.get(parts[0], OPTIONS["engine.epoch_scale"])}
     backbone = DoubleNet if {"mnemonics", "samc"} & set(parts) else ConvNet
     result = train(
-        method, data, "b3-inc2", memory, backbone=backbone, **{**OPTIONS, **short, **scale}
+        method,
+        data,
+        "b3-inc2",
+        memory,
+        backbone=backbone,
+        **{**OPTIONS, **short, **scale, **PLAIN.get(method, {})},
     )
     tasks = [[task.correct, task.exemplars] for task in result.outcomes[0].tasks]
     return {"parts": result.learner.state()["parts"], "tasks": tasks, "steps": len(STEPS)}

@@ -145,6 +145,17 @@ class Augmentation:
                     f"{', each above 0' if name == 'std' else ''}."
                 )
 
+    @property
+    def constant(self) -> bool:
+        """Whether nothing is drawn, so that an image is read alike every time.
+
+        Example:
+            >>> Augmentation(8, crop="none", flip=False, brightness=0.0).constant
+            True
+        """
+        changes = (self.flip, self.brightness, self.contrast, self.saturation, self.cutout)
+        return self.crop == "none" and self.policy == "none" and not any(changes)
+
     @classmethod
     def cifar(cls, size: int = 32, **changes: Any) -> Augmentation:
         """CIFAR's usual transform: padded crop, flip, brightness 63/255, CIFAR-100's statistics.

@@ -58,6 +58,21 @@ class Loader:
         """Steps of an epoch: the first stream once."""
         return self._readers[0].stream.steps if self._readers else 0
 
+    @property
+    def constant(self) -> tuple[int, int] | None:
+        """How many images there are, and in a full batch, if each is read alike every time.
+
+        Then a batch's ``entry`` says which they are. None where something is drawn, where another
+        stream joins in, or where the images to choose from change.
+        """
+        if len(self._readers) != 1:
+            return None
+        reader = self._readers[0]
+        stream = reader.stream
+        if stream.views is not None or reader.fixed is None or not reader.augmentation.constant:
+            return None
+        return len(stream), min(stream.batch_size, len(stream))
+
     def batches(self, epoch: int, step: int) -> list[Batch]:
         """One batch per stream for this step; none for a subset that is empty now."""
         drawn = [reader.batch(epoch, step) for reader in self._readers]

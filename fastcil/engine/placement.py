@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from fastcil.data import Dataset, Examples, ImageStore
 from fastcil.engine.distributed import speaks
+from fastcil.engine.free_memory import device_free, host_free, own_share
 from fastcil.engine.groups import EngineOptions
 from fastcil.engine.needs import format_size, say
 from fastcil.engine.plan import Plan
@@ -158,19 +156,8 @@ def look_around(parts: Sequence[Examples], device: torch.device) -> Room:
         device: The run's.
     """
     mapped = any(part.images.mapped is not None for part in parts)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nbytes = sum(part.images.nbytes for part in parts)
-    return Room(nbytes, mapped, device_free(device), host_free() // processes)
-
-
-def device_free(device: torch.device) -> int | None:
-    """Bytes free on a CUDA device; None on one of another kind.
-
-    Example:
-        >>> device_free(torch.device("cpu")) is None
-        True
-    """
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return Room(nbytes, mapped, device_free(device), own_share(host_free()))
 
 
 def on_all_ranks(room: Room) -> Room:
@@ -185,50 +172,6 @@ def on_all_ranks(room: Room) -> Room:
     hosts, devices = zip(*map(json.loads, current().texts(mine)), strict=True)
     free = min((nbytes for nbytes in devices if nbytes is not None), default=None)
     return replace(room, host_free=min(hosts), device_free=free)
-
-
-def host_free() -> int:
-    """Bytes of memory that can be had without swapping, by /proc/meminfo and the container's limit.
-
-    Example:
-        >>> host_free() > 0
-        True
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
-    except (OSError, StopIteration):  # another system than Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    held = group_free(Path("/sys/fs/cgroup"))
-    return free if held is None else min(free, held)
-
-
-def group_free(root: Path) -> int | None:
-    """Bytes that a container may still take by its control group, or None if it has no limit.
-
-    Args:
-        root: Where control groups are mounted; in a container, its own lies there.
-
-    Example:
-        >>> group_free(Path("nowhere")) is None
-        True
-    """
-    for limit, used, stat, cached in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        # Where there is no limit there is no such file, or "max" in it.
-        with suppress(OSError, ValueError):
-            whole, taken = (int((root / name).read_text()) for name in (limit, used))
-            parts = dict(line.split() for line in (root / stat).read_text().splitlines())
-            # Files' pages that are not in use are given back when memory is asked for.
-            return max(0, whole - taken + int(parts.get(cached, 0)))
-    return None
 
 
 def move(examples: Examples, place: Place, device: torch.device) -> Examples:

@@ -78,6 +78,9 @@ class TerminalProgress:
                 f", {name} {share:.0%} of the epoch"
                 for name, share in fields.get("shares", {}).items()
             )
+            once = fields.get("recalled", 0)
+            if once:
+                shares += f", {once} frozen extractor{'s' * (once > 1)} looked once at each image"
             self._console.print(
                 f"{self._task} {fields['stage']}: {fields['epochs']} epochs, {losses}, "
                 f"{self._rate}{shares}",

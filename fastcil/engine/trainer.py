@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcil.contract import Losses, Stage, restore_optimizer
+from fastcil.contract import Batch, Losses, Stage, restore_optimizer
 from fastcil.data import Augmentation
 from fastcil.engine.compiling import compile_alone
 from fastcil.engine.epoch_choice import EpochChoice
 from fastcil.engine.events import Listener
+from fastcil.engine.free_memory import spare
 from fastcil.engine.laps import Laps
 from fastcil.engine.loader import Loader
 from fastcil.errors import FastcilError
 from fastcil.nn.phases import phase
+from fastcil.nn.recall import Recall
 
 LARGEST = 1e30
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,12 +60,31 @@ class _Lane:
         if not self.parameters:
             raise FastcilError(f"stage '{stage.name}' trains no parameter; name at least one.")
         self.loader = Loader(stage.streams, augmentation, device, key)
+        self.device = device
         self.optimizer = stage.recipe.make_optimizer(self.parameters)
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         # Without any image there is nothing to step on.
         self.steps = stage.steps if stage.steps and self.loader.steps else self.loader.steps
         self.sums: dict[str, Tensor] = {}
         self.done = 0
+        self.recall: Recall | None = None
+
+    def remember(self) -> None:
+        """Lets frozen extractors look once at images that are always the same."""
+        constant = self.loader.constant
+        if constant is not None and self.stage.recipe.epochs > 1:
+            self.recall = Recall(*constant, spare(self.device))
+
+    def recalling(self, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        """Lets what was said of these images be found."""
+        if self.recall is None or not batches or batches[0].entry is None:
+            return nullcontext()
+        return self.recall.recalling(batches[0].images, batches[0].entry)
+
+    @property
+    def recalled(self) -> int:
+        """How many extractors looked once."""
+        return self.recall.extractors if self.recall is not None and self.recall.found else 0
 
     @property
     def lr(self) -> float:
@@ -229,6 +250,8 @@ class Trainer:
         if self.compiled:
             stage.compiled = compile_alone(stage.objective)
         main = self._lanes[0]
+        if not self.compiled:
+            main.remember()
         self.tell(
             "stage",
             {"stage": stage.name, "epochs": stage.recipe.epochs, "steps": main.steps},
@@ -288,6 +311,7 @@ class Trainer:
                 "lr": self._lanes[0].lr,
                 "seconds": round(seconds, 4),
                 "rate": round(images / max(seconds, 1e-9), 1),
+                "recalled": self._lanes[0].recalled,
             },
         )
 
@@ -296,7 +320,7 @@ class Trainer:
         with phase("addon", when=lane is not self._lanes[0]):
             with phase("data"):
                 batches = lane.loader.batches(epoch, step)
-            with self._autocast(), phase("forward"):
+            with self._autocast(), phase("forward"), lane.recalling(batches):
                 lane.add(lane.stage.step(batches, lane))
         self.cursor.step += 1
         self.tell("step", {"stage": lane.stage.name, "epoch": epoch, "step": step})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastcil.errors import FastcilError
 from fastcil.nn.extractor_kinds import build_extractor, extractor_structure
 from fastcil.nn.head_kinds import build_head
+from fastcil.nn.recall import recalled
 from fastcil.nn.shares import in_shares
 from fastcil.nn.tensors import Tensors
 
@@ -95,7 +96,17 @@ class Network(nn.Module):
         Returns:
             [B, C]
         """
-        return _joined([in_shares(e, partial(_pooled, e), images) for e in self.extractors])
+        return _joined([self._pooled(k, images) for k in range(len(self.extractors))])
+
+    def _pooled(self, position: int, images: Tensor) -> Tensor:
+        """Feature vectors of one extractor; see `fastcil.nn.recall`."""
+        extractor = self.extractors[position]
+
+        def look() -> Tensor:
+            pooled: Tensor = in_shares(extractor, partial(_pooled, extractor), images)
+            return pooled
+
+        return recalled(extractor, images, look) if position in self._frozen else look()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, K]."""

@@ -18,7 +18,8 @@ from fastcil import Learner, train
 from fastcil.contract import Task
 from fastcil.data import load
 from fastcil.data.ingest import ingest
-from fastcil.engine.placement import Room, choose, group_free, host_free, move, on_all_ranks
+from fastcil.engine.free_memory import group_free, host_free
+from fastcil.engine.placement import Room, choose, move, on_all_ranks
 from fastcil.engine.state import load_state
 from fastcil.errors import FastcilError
 from fastcil.nn.ranks import Ranks, working_as

@@ -33,6 +33,7 @@ from fastcil.compression import (
 )
 from fastcil.data import Examples, ImageStore
 from fastcil.engine.trainer import Trainer
+from fastcil.nn.recall import Recall
 from fastcil.ops import send
 
 # Where a wait can't be helped: words of its place -> why. Insertion into codecs whose images have
@@ -238,6 +239,22 @@ def test_no_step_of_a_codec_waits_for_a_cuda_device(case: str, model: str, monke
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     train_a_codec(case, model, "cuda", no_waits_allowed, monkeypatch)
+
+
+def test_no_step_waits_to_look_up_what_was_said(monkeypatch) -> None:
+    plain = {"augment.crop": "none", "augment.flip": False, "augment.brightness": 0.0}
+    longer = {"engine.epoch_scale": 0.03, "engine.batch_size": 8}
+    looked, features = [], Recall.features
+
+    def seen(recall: Recall, *arguments: Any) -> Tensor:
+        before = recall.found
+        found = features(recall, *arguments)
+        looked.append(recall.found - before)
+        return found
+
+    monkeypatch.setattr(Recall, "features", seen)
+    assert waits_of("der", monkeypatch, **plain, **longer) == []
+    assert any(looked)
 
 
 WAITS: dict[str, Callable[[Tensor], Any]] = {
