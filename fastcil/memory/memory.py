@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,12 +25,10 @@ from fastcil.memory.limits import (
     prefixes,
     too_small,
 )
+from fastcil.memory.looks import Embed, Look, looks
 from fastcil.memory.selection import SELECTIONS
 
 Keeps = Literal["exemplars", "everything", "nothing"]
-Embed = Callable[[Examples], Tensor]
-"""Examples -> features [N, D], by which exemplars are selected."""
-
 OWN = "own"
 
 
@@ -207,7 +206,8 @@ class Memory:
 
         Args:
             task: The new data, and how many classes are known.
-            embed: Gives features; asked class by class, and not at all for ``random``.
+            embed: Gives features; not asked for ``random``, and class by class only where the
+                codec changes images (`fastcil.memory.looks`).
             marks: What matters in each new image, one row each, for a codec that asks for it.
             other_nbytes: Bytes of everything else that counts towards a budget in bytes.
             seed: Of the draws of ``random``; give each task its own.
@@ -236,10 +236,11 @@ class Memory:
             return
         quota = self.budget.quota(task.total, other_nbytes)
         generator = torch.Generator().manual_seed(seed)
+        look = looks(task, self.examples, self.codec, embed)
         kept, too_dear = self._reduced(quota, set(task.classes))
         for label in task.classes:
             candidates = self._candidates(label, task.examples, marks)
-            order = self._order(candidates, label, embed, quota, generator)
+            order = self._order(candidates, label, look, quota, generator)
             cost = self._cost(candidates).cpu()[order]
             prefix = order[: affordable(cost, quota)]
             if len(order) and not len(prefix):
@@ -351,24 +352,16 @@ class Memory:
         self,
         candidates: Encoded,
         label: int,
-        embed: Embed,
+        look: Look,
         quota: float,
         generator: torch.Generator,
     ) -> Tensor:
         """As many picks as could fit, and one more, int64 on the CPU."""
         count = len(candidates)
-        limit = most_picks(self._cost(candidates), quota)
-
-        def features() -> Tensor:
-            images = self.codec.decode(candidates)
-            labels = torch.full((count,), label, device=images.pixels.device)
-            rows = embed(Examples(images, labels))
-            if len(rows) != count:
-                raise FastcilError(f"embed gave {len(rows)} rows of features for {count} images.")
-            return rows
-
         if count == 0:
             return torch.empty(0, dtype=torch.int64)
+        limit = most_picks(self._cost(candidates), quota)
+        features = partial(look, candidates, label)
         return SELECTIONS[self.selection](count, features, limit, generator).cpu()
 
     def _cost(self, images: Encoded) -> Tensor:

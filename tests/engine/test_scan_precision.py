@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from backbones import ConvNet
@@ -14,6 +15,7 @@ from fastcil.engine.context import EngineContext
 from fastcil.engine.learner import Learner
 from fastcil.engine.options import make_settings
 from fastcil.errors import FastcilError
+from fastcil.memory.codecs.raw import RawCodec
 
 STORE = ImageStore.from_batch(torch.arange(6 * 8 * 8 * 3).view(6, 8, 8, 3).to(torch.uint8))
 EXAMPLES = Examples(STORE, torch.arange(6))
@@ -73,3 +75,22 @@ def test_the_option_reaches_the_scan():
     assert learner.parts.context.scanned == torch.bfloat16
     with pytest.raises(FastcilError, match=r"engine\.scan_precision"):
         make_settings("finetune", {"engine.scan_precision": "fp8"})
+
+
+@pytest.mark.parametrize("per_class", [3, 40])
+def test_one_scan_chooses_what_scans_by_class_choose(per_class, monkeypatch):
+    """Byte for byte, through a network with batch norms; batches hold several classes, or part."""
+    images = np.random.default_rng(0).integers(0, 256, (6, per_class, 12, 12, 3), np.uint8)
+
+    def memories():
+        options = {"engine.epoch_scale": 0.01, "engine.progress": False, "engine.scan_batch": 16}
+        learner = Learner("icarl", "11 images", backbone=ConvNet, **options)
+        found = []
+        for classes in (range(3), range(3, 6)):
+            learner.learn({str(k): images[k] for k in classes})
+            found.append(learner.memory.checksum())
+        return found
+
+    together = memories()
+    monkeypatch.setattr(RawCodec, "leaves_images", False)
+    assert memories() == together

@@ -100,6 +100,30 @@ def test_selection_looks_at_the_images_as_remembered():
             assert np.array_equal(mine, theirs)
 
 
+def test_images_that_stay_as_they_are_are_looked_at_once_for_all_classes(monkeypatch):
+    """And the same are chosen as class by class, of classes that come again too."""
+    rng, asked = np.random.default_rng(8), []
+
+    def look(examples):
+        asked.append(len(examples))
+        return embed(examples)
+
+    def filled():
+        asked.clear()
+        memory = Memory("3 images/class")
+        memory.update(Task(0, (0, 1, 2), 0, first, first.select([])), look)
+        memory.update(Task(1, (1, 3, 4), 3, second, memory.examples()), look)
+        return memory.checksum(), list(asked)
+
+    first, _ = draw(rng, [0] * 8 + [1] * 5 + [2] * 6)
+    second, _ = draw(rng, [1] * 7 + [3] * 2)  # of class 4 there is none
+    together, at_once = filled()
+    monkeypatch.setattr(RawCodec, "leaves_images", False)
+    apart, one_by_one = filled()
+    assert together == apart
+    assert (at_once, one_by_one) == ([19, 3, 9], [8, 5, 6, 10, 2])
+
+
 @pytest.mark.parametrize("codec", ["raw", "bbox"])
 def test_classes_that_come_again_are_selected_anew(codec):
     memory, coder = Memory("5 images/class", codec), make_codec(codec)

@@ -81,12 +81,14 @@ class Codec(ABC, Generic[E]):
 
     One that keeps some of an image better than the rest is told by its ``marks`` what matters,
     one row for each image: ``boxes``, int16 [N, 4], (y0, x0, y1, x1) with exclusive ends; or
-    ``maps``, float32 [N, h, w] from 0 to 1, each of them stretched over its whole image.
+    ``maps``, float32 [N, h, w] from 0 to 1, each of them stretched over its whole image. One that
+    ``leaves_images`` as they are remembers every pixel of them.
     """
 
     name: ClassVar[str]
     marks: ClassVar[Literal["boxes", "maps"] | None] = None
     store: ClassVar[type[Encoded]] = ImageStore
+    leaves_images: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, images: ImageStore, marks: Tensor | None) -> E:

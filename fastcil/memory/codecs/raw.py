@@ -20,6 +20,7 @@ class RawCodec(Codec[ImageStore]):
     """
 
     name = "raw"
+    leaves_images = True
 
     def encode(self, images: ImageStore, marks: Tensor | None = None) -> ImageStore:
         """The images themselves; marks are not looked at."""
