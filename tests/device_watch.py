@@ -62,6 +62,8 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXING |= {aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 COPIES = {aten.copy_.default}
 JOINS = {aten.cat.default, aten.stack.default}
+# Heights and widths may be on the host, as their docstrings say.
+TAKE_BOTH = {"fastcil::cam_boxes", "fastcil::salient_masks"}
 PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 TORCH = os.path.dirname(torch.__file__)
 THE_DEVICE = Tensor.device.__get__  # made anew whenever it is asked for
@@ -284,7 +286,7 @@ class _Operators(TorchDispatchMode):
 
     def _check_mix(self, func, args, given, held):  # type: ignore[no-untyped-def]
         """Only copies and indexing take tensors of both, and single numbers but for joining."""
-        if func in COPIES:
+        if func in COPIES or func.name() in TAKE_BOTH:
             return
         if func in INDEXING and self.watch.has(args[0]):
             # Indices may be on the host; values of more than one number may not.
