@@ -149,10 +149,15 @@ def test_no_step_waits_with_other_settings(options: dict[str, Any], monkeypatch)
     ("composition", "options"),
     [
         ("er+samc", {"samc.analyse": True, "engine.forward_transfer": True}),
-        ("lecnet", {"lecnet.analyse": True, "lecnet.later.epochs": 200}),
-        ("foster+cim", {"engine.knn": 2, "cim.threshold": "held-out"}),
-        ("dlcft", {"dlcft.curvature": "ekfac"}),
-        ("er+mrdc", {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("lecnet", {"lecnet.analyse": True, "lecnet.later.epochs": 200}),
+                ("foster+cim", {"engine.knn": 2, "cim.threshold": "held-out"}),
+                ("dlcft", {"dlcft.curvature": "ekfac"}),
+                ("er+mrdc", {}),
+            )
+        ),
     ],
 )
 def test_a_run_never_mixes_devices(composition: str, options: dict[str, Any], tmp_path) -> None:
