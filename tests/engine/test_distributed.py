@@ -237,6 +237,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_one_goes_on(killed, tmp_path, ca
             assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_a_checkpoint_however_long_it_takes(tmp_path: Path) -> None:
     start(2, lambda told: FORKS.Process(target=write_slowly, args=(tmp_path, told, 4.0)))
     assert (tmp_path / "slow").exists() and (tmp_path / "result.json").is_file()
