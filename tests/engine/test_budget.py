@@ -146,7 +146,15 @@ def test_every_method_is_here() -> None:
     assert {name.partition("+")[0] for name in COMPOSITIONS} | {"joint"} >= set(METHODS)
 
 
-@pytest.mark.parametrize("memory", ["13001B", "2500B/class", "13 images", "2 images/class"])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        "13001B",
+        "2 images/class",
+        pytest.param("2500B/class", marks=pytest.mark.slow),
+        pytest.param("13 images", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("method", COMPOSITIONS)
 def test_the_budget_is_kept_at_every_boundary(method, memory, boundaries) -> None:
     result = run(method, memory)

@@ -92,7 +92,15 @@ def test_a_growing_memory_is_told_as_it_will_be(capsys: pytest.CaptureFixture[st
     assert "memory 3 images/class, at the end about 18 raw images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["finetune", "icarl", "der", "foster+cim", "joint", "er"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "der",
+        "foster+cim",
+        "joint",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("finetune", "icarl", "er")),
+    ],
+)
 def test_steps_and_epochs_are_those_of_the_run(method: str, monkeypatch, tmp_path: Path) -> None:
     done = {"epoch": 0, "step": 0}
 
