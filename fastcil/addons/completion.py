@@ -13,7 +13,7 @@ from fastcil.data import ImageStore
 from fastcil.nn import CompletionAutoencoder
 from fastcil.nn.same_kernels import same_kernels
 from fastcil.ops import send
-from fastcil.ops._sizes import by_size
+from fastcil.ops.sizes import by_size
 
 
 class Completion(nn.Module):

@@ -7,7 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcil.errors import FastcilError
+
 ACCESS_BYTES = 16  # the widest load or store that a thread makes at once
+LONGEST_SIDE = 32767  # of an image: what int16 holds
+
+
+def check_sides(least: int, most: int) -> None:
+    """Raise unless the shortest and the longest side of some images are within bounds."""
+    if least < 1 or most > LONGEST_SIDE:
+        raise FastcilError(
+            f"sizes holds sides from {least} to {most}; a side must be 1 to {LONGEST_SIDE} pixels "
+            f"long."
+        )
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

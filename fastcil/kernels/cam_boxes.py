@@ -15,11 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcil.errors import FastcilError
 from fastcil.kernels._bilinear import across, blend, corner_pixel, divide, taps
-from fastcil.kernels._launch import ACCESS_BYTES, dense, launch, power_of_two_divisor
+from fastcil.kernels._launch import (
+    ACCESS_BYTES,
+    LONGEST_SIDE,
+    check_sides,
+    dense,
+    launch,
+    power_of_two_divisor,
+)
 
-_LONGEST_SIDE = 32767  # what int16 holds
 _WARPS = 8
 _ELEMENTS = 8192  # of the features, loaded at once; half as many in float64
 _POSITIONS = 1024  # of the map, scaled at once
@@ -253,16 +258,6 @@ def _cam_boxes_kernel(
     tl.store(valid + image, ((y1 > y0) & (x1 > x0)).to(tl.uint8))
 
 
-def _check(sizes: Tensor) -> None:
-    """Raise unless every side of an image fits int16."""
-    least, most = (int(sizes.amin()), int(sizes.amax())) if len(sizes) else (1, 1)
-    if least < 1 or most > _LONGEST_SIDE:
-        raise FastcilError(
-            f"sizes holds sides from {least} to {most}; a side must be 1 to {_LONGEST_SIDE} "
-            "pixels long."
-        )
-
-
 def _sizes(sizes: Tensor, device: torch.device) -> tuple[Tensor | None, int, int]:
     """Sizes on the device, or the one size of all images, which needs no copying there."""
     if sizes.device.type == "cpu" and (len(sizes) == 1 or sizes.stride(0) == 0):
@@ -319,8 +314,8 @@ def cam_boxes(
         FastcilError: If ``sizes`` is on the CPU and a side is not in 1 ... 32767.
     """
     batch, channels, height, width = features.shape
-    if sizes.device.type == "cpu":
-        _check(sizes)
+    if sizes.device.type == "cpu" and batch:
+        check_sides(int(sizes.amin()), int(sizes.amax()))
     boxes = features.new_empty((batch, 4), dtype=torch.int16)
     valid = features.new_empty((batch,), dtype=torch.bool)
     if not batch:
@@ -351,7 +346,7 @@ def cam_boxes(
         rows,
         columns,
         BLOCK=min(triton.next_power_of_2(positions), _POSITIONS),
-        LONGEST=_LONGEST_SIDE,
+        LONGEST=LONGEST_SIDE,
         ROUNDING=16 * torch.finfo(dtype).eps,
         LINES=_LINES,
         CANDIDATES=min(triton.next_power_of_2(2 * max(height, width)), _CANDIDATES),

@@ -11,12 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcil.errors import FastcilError
 from fastcil.kernels._bilinear import corner_pixel, divide, upsampled
-from fastcil.kernels._launch import launch
+from fastcil.kernels._launch import check_sides, launch
 
 ROUNDING = 2.0**-20  # that of fastcil.ops.salient_masks, which imports this folder
-_LONGEST_SIDE = 32767  # what int16 holds
 _BAND = 64  # rows of an image, of a program
 _PIXELS = 1024  # worked on at once
 _COLUMNS = 128  # of these, at most
@@ -123,11 +121,7 @@ def salient_masks(maps: Tensor, sizes: Tensor, threshold: float) -> Tensor:
     areas = sizes.prod(1)
     facts = torch.stack([areas.sum(), sizes[:, 0].amax(), sizes[:, 1].amax(), sizes.amin()])
     total, height, width, least = facts.tolist()
-    if least < 1 or max(height, width) > _LONGEST_SIDE:
-        raise FastcilError(
-            f"sizes holds sides from {least} to {max(height, width)}; a side must be 1 to "
-            f"{_LONGEST_SIDE} pixels long."
-        )
+    check_sides(least, max(height, width))
     if threshold == 0:
         return maps.new_ones(total, dtype=torch.bool)
     masks = maps.new_empty(total, dtype=torch.bool)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastcil.ops._library import define
-from fastcil.ops._sizes import largest_sides, size_rows
 from fastcil.ops.cam import cam, check_maps
+from fastcil.ops.sizes import largest_sides, size_rows
 
 
 def _taps(positions: int, sides: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fastcil.errors import FastcilError
 from fastcil.ops._library import define
-from fastcil.ops._sizes import by_size, largest_sides, size_rows
+from fastcil.ops.sizes import by_size, largest_sides, size_rows
 
 ROUNDING = 2.0**-20  # of what a constant map's enlarged values come to differ by, relatively
 

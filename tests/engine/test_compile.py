@@ -17,6 +17,8 @@ import fastcil
 from fastcil.contract import Stage
 from fastcil.engine.trainer import Trainer
 
+SHORT = {"engine.epoch_scale": 0.01, "engine.progress": False}
+
 
 @pytest.fixture
 def counted_compile(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -79,12 +81,7 @@ def test_compiled_objectives_survive_growing_heads(
             method,
             memory="8 images",
             backbone=ConvNet,
-            **{
-                "engine.compile": compiled,
-                "engine.epoch_scale": 0.01,
-                "engine.batch_size": 8,
-                "engine.progress": False,
-            },
+            **{**SHORT, "engine.compile": compiled, "engine.batch_size": 8},
         )
         for shelf in data:
             learner.learn(shelf)
@@ -105,13 +102,7 @@ def learn_pairs(tasks: int, **options: Any) -> fastcil.Learner:
         "finetune",
         memory="none",
         backbone=ConvNet,
-        **{
-            "engine.compile": True,
-            "engine.epoch_scale": 0.01,
-            "engine.batch_size": 4,
-            "engine.progress": False,
-            **options,
-        },
+        **{**SHORT, "engine.compile": True, "engine.batch_size": 4, **options},
     )
     for t in range(tasks):
         learner.learn({f"{t}{k}": rng.integers(0, 256, (4, 12, 12, 3), np.uint8) for k in range(2)})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,16 +86,18 @@ CASES = [
 ]
 
 
+@contextmanager
+def counted(watch: DeviceWatch, steps: list[int]) -> Iterator[None]:
+    """One step, in which what waits is noted."""
+    steps.append(1)
+    with watch.counting():
+        yield
+
+
 def waits_of(composition: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
     """What waits for the make-believe device."""
-    watch, steps = DeviceWatch(), []
-
-    @contextmanager
-    def in_step() -> Iterator[None]:
-        steps.append(1)
-        with watch.counting():
-            yield
-
+    watch, steps = DeviceWatch(), list[int]()
+    in_step = partial(counted, watch, steps)
     with watch.running():
         learn_two_tasks(composition, str(DEVICE), monkeypatch, in_step, **options)
     assert len(steps) >= 2
@@ -223,14 +226,8 @@ def train_a_codec(
 @pytest.mark.parametrize("case", CODECS)
 @pytest.mark.parametrize("model", ["hierarchical-tiny", "msh-vr"])
 def test_no_step_of_a_codec_waits(case: str, model: str, monkeypatch) -> None:
-    watch, steps = DeviceWatch(), []
-
-    @contextmanager
-    def in_step() -> Iterator[None]:
-        steps.append(1)
-        with watch.counting():
-            yield
-
+    watch, steps = DeviceWatch(), list[int]()
+    in_step = partial(counted, watch, steps)
     with watch.running():
         train_a_codec(case, model, str(DEVICE), in_step, monkeypatch)
     assert len(steps) == 2

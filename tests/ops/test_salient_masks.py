@@ -145,7 +145,7 @@ def test_threads_memory_and_stretches_change_nothing(threads, poison, monkeypatc
         with threads(count), poison():
             assert torch.equal(ops.salient_masks(maps, sizes), wanted)
     wanted = _salient_masks(maps, sizes, 0.6)
-    monkeypatch.setattr("fastcil.ops._sizes._TOGETHER", 40)
+    monkeypatch.setattr("fastcil.ops.sizes._TOGETHER", 40)
     with poison():
         assert torch.equal(_salient_masks(maps, sizes, 0.6), wanted)
 

@@ -15,7 +15,7 @@ from fastcil.data import ImageStore
 from fastcil.errors import FastcilError
 from fastcil.memory.codecs.parallel import in_parallel
 from fastcil.memory.codecs.sparse_store import check_masks
-from fastcil.ops._sizes import by_size
+from fastcil.ops.sizes import by_size
 
 Rule = Literal["zero", "telea", "navier-stokes", "diffusion"]
 
