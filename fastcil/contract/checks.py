@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastcil.errors import FastcilError
@@ -38,7 +39,19 @@ def check_choices(config: Any) -> None:
         ...     head: Literal["all", "task"] = "all"
         >>> check_choices(Config("task"))
     """
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in field_types(type(config)).items():
         value, known = getattr(config, name), get_args(hint)
         if get_origin(hint) is Literal and value not in known:
             raise FastcilError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; Python itself parses their annotations at every call.
+
+    Example:
+        >>> from dataclasses import make_dataclass
+        >>> field_types(make_dataclass("Config", [("lr", "float")]))
+        {'lr': <class 'float'>}
+    """
+    return get_type_hints(cls)

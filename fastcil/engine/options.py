@@ -19,6 +19,7 @@ from fastcil.contract import (
     replace_batch_size,
     scale_epochs,
 )
+from fastcil.contract.checks import field_types
 from fastcil.contract.registry import CODECS
 from fastcil.engine.groups import GROUPS, EngineOptions
 from fastcil.engine.weights import StateDict, as_option
@@ -129,7 +130,7 @@ def known_options(types: Mapping[str, Any]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name, cls in types.items():
         known[name] = cls
-        hints: dict[str, Any] = typing.get_type_hints(cls)
+        hints = field_types(cls)
         for option in dataclasses.fields(cls):
             key, hint = f"{name}.{option.name}", hints[option.name]
             known |= known_options({key: hint}) if dataclasses.is_dataclass(hint) else {key: hint}

@@ -46,11 +46,9 @@ def counted_compile(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     "method",
     [
         "finetune",
-        "gem",
         "darkpp",
-        "si",
         "foster+cim",
-        pytest.param("dlcft", marks=[pytest.mark.slow]),
+        *(pytest.param(method, marks=pytest.mark.slow) for method in ("gem", "si", "dlcft")),
     ],
 )
 def test_compiled_objectives_survive_growing_heads(

@@ -5,6 +5,7 @@ What each computes is tested elsewhere; here it is that nothing which may be com
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from backbones import ConvNet
 from compositions import ALONE, COMPOSED, DATA, OPTIONS, OWN, REFUSED
 
 from fastcil import Learner, Result, train
+from fastcil.contract.registry import ADDONS, METHODS
 from fastcil.engine.result import Result as Outcome
 from fastcil.engine.seed_run import SeedRun
 from fastcil.errors import CompositionError
@@ -27,7 +29,15 @@ def run(composition: str, run_dir: Path) -> Result:
     )
 
 
-@pytest.mark.parametrize("method, addon", [*ALONE, *COMPOSED])
+def quick_half() -> Iterator[Any]:
+    """Every method alone, and with about half of its addons; the other half is slow."""
+    methods, addons = list(METHODS), list(ADDONS)
+    for method, addon in [*ALONE, *COMPOSED]:
+        quick = addon is None or (methods.index(method) + addons.index(addon)) % 2 == 0
+        yield pytest.param(method, addon, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("method, addon", list(quick_half()))
 def test_two_tasks(method: str, addon: str | None, tmp_path: Path, monkeypatch) -> None:
     composition = method if addon is None else f"{method}+{addon}"
     save = SeedRun._save_between_steps

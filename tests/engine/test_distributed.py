@@ -39,7 +39,7 @@ FORKS = multiprocessing.get_context("forkserver")
 PACKAGE = [found.name for found in pkgutil.walk_packages(fastcil.__path__, "fastcil.")]
 # All of it, so that ranks run one program even where it is edited meanwhile.
 IMPORTS = ["torch._dynamo", *(n for n in PACKAGE if "kernels" not in n and "__main__" not in n)]
-FEW = ["icarl", "foster+cim", "gem", "dlcft", "lwf"]
+FEW = ["icarl", "foster+cim", "dlcft"]
 # Measured of maps, but trained on by nothing: a cosine's distance from 1, whose root is taken.
 RECORDS = ("analysis", "moved")
 

@@ -65,7 +65,13 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Interruptions:
     return Interruptions(monkeypatch)
 
 
-@pytest.mark.parametrize("method", SAMPLE)
+# Others of the same addons are among the rest.
+LONG = ("der+cim", "podnet+cim", "er+samc")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m in LONG)) for m in SAMPLE]
+)
 def test_stopped_again_and_again_ends_in_the_same_bits(
     method, interruptions, tmp_path: Path, assert_same
 ) -> None:

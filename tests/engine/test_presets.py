@@ -28,10 +28,16 @@ def test_a_named_preset_is_the_methods_config(method: str, name: str) -> None:
     assert wanted != lookup("method", method).Config()  # type: ignore[attr-defined]
     from_python = make_settings(method, merge_options(name, {}, [method]))
     assert from_python.groups[method] == wanted
+    assert name in describe(method)
+
+
+@pytest.mark.parametrize("method, name", list(dict(reversed(NAMED)).items()))
+def test_a_preset_named_by_a_flag_is_the_methods_config(method: str, name: str) -> None:
+    """Each method's first."""
     parsed = parse_run("train", ["--method", method, "--preset", name])
     assert "preset" not in parsed
-    assert make_settings(method, {method: parsed[method]}).groups[method] == wanted
-    assert name in describe(method)
+    config = make_settings(method, {method: parsed[method]}).groups[method]
+    assert config == presets(lookup("method", method))[name]
 
 
 def test_a_named_preset_concerns_the_parts_that_have_it() -> None:

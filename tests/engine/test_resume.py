@@ -122,7 +122,7 @@ def test_killed_three_times_ends_in_the_same_bits(
 # What stops in a process of all methods is in `test_interrupt`.
 @pytest.mark.parametrize(
     "method",
-    [pytest.param("dlcft", marks=pytest.mark.slow), "darkpp", "gem+samc", "lecnet"],
+    ["darkpp", "gem+samc", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dlcft", "lecnet"))],
 )
 def test_killed_in_the_second_task(
     method: str, tmp_path: Path, assert_same, monkeypatch: pytest.MonkeyPatch

@@ -51,9 +51,9 @@ def test_starts_out_of_range_and_features_that_are_no_numbers_stay_inside():
     [
         (90, torch.float64),
         (90, torch.float32),
-        (90, torch.bfloat16),
-        (90, torch.float16),
-        (80, torch.float32),
+        pytest.param(90, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(90, torch.float16, marks=pytest.mark.slow),
+        pytest.param(80, torch.float32, marks=pytest.mark.slow),
     ],
     ids=str,
 )

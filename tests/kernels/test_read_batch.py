@@ -12,7 +12,12 @@ read = importlib.import_module("fastcil.kernels.read")
 
 MEAN, STD = [0.48, 0.45, 0.4], [0.23, 0.22, 0.27]
 # The code for sm_80 differs by a few registers: one dtype stands for it.
-COMPILED = [(90, torch.float32), (90, torch.bfloat16), (90, torch.float16), (80, torch.bfloat16)]
+COMPILED = [
+    (90, torch.float32),
+    (90, torch.bfloat16),
+    pytest.param(90, torch.float16, marks=pytest.mark.slow),
+    pytest.param(80, torch.bfloat16, marks=pytest.mark.slow),
+]
 NUMBERS = {
     "affine": (0.9, 0.2, -1.0, -0.3, 1.1, 2.0),
     "solarize": (99.5,),

@@ -55,17 +55,17 @@ def test_under_the_interpreter(interpret):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "positions", "ratio"),
+    ("shape", "positions", "ratio", "memory_format"),
     [
-        ((2, 3, 15, 22), (2, 5), 4.0),
-        ((1, 2, 16, 16), (4, 4), 4.0),
-        ((2, 3, 17, 9), (1, 1), 2.5),
-        ((1, 2, 9, 11), (3, 2), 9.0),
-        ((1, 2, 6, 5), (2, 3), 1.0),
-        ((1, 1, 5, 4), (8, 9), 4.0),
-        ((1, 1, 7, 6), (2, 2), 1e4),
+        ((1, 3, 15, 22), (2, 5), 4.0, torch.contiguous_format),
+        ((2, 3, 15, 9), (2, 5), 4.0, torch.channels_last),
+        ((1, 2, 16, 16), (4, 4), 4.0, torch.contiguous_format),
+        ((2, 3, 17, 9), (1, 1), 2.5, torch.contiguous_format),
+        ((1, 2, 9, 11), (3, 2), 9.0, torch.channels_last),
+        ((1, 2, 6, 5), (2, 3), 1.0, torch.contiguous_format),
+        ((1, 1, 5, 4), (8, 9), 4.0, torch.contiguous_format),
+        ((1, 1, 7, 6), (2, 2), 1e4, torch.contiguous_format),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +62,13 @@ class TinyContext:
 
 def make_examples(labels: Sequence[int], seed: int = 0) -> Examples:
     """Noise around a colour, and a bright corner, that differ from class to class."""
+    images = make_images(tuple(labels), seed)
+    return Examples(ImageStore.from_batch(images), torch.tensor(list(labels), dtype=torch.int64))
+
+
+@cache
+def make_images(labels: tuple[int, ...], seed: int) -> np.ndarray:
+    """uint8 [N, SIDE, SIDE, 3]."""
     rng = np.random.default_rng(seed)
     images = []
     for label in labels:
@@ -68,9 +76,7 @@ def make_examples(labels: Sequence[int], seed: int = 0) -> Examples:
         image = rng.normal(colour, 12, (SIDE, SIDE, 3))
         image[: SIDE // 2, (label % 2) * SIDE // 2 :][:, : SIDE // 2] += 60
         images.append(image.clip(0, 255).astype(np.uint8))
-    return Examples(
-        ImageStore.from_batch(np.stack(images)), torch.tensor(list(labels), dtype=torch.int64)
-    )
+    return np.stack(images)
 
 
 def make_tasks(sizes: Sequence[int] = SIZES, per_class: int = 12, kept: int = 4) -> list[Task]:
