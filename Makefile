@@ -50,9 +50,11 @@ help:
 demo: $(READY)
 	$(PY) -m fastcil compare $(DEMO_ARGS)
 
+# A hundred processes start, and all but the first few read what Python keeps of compiled code,
+# also where a user's environment would have it kept nowhere.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest fastcil tests benchmarks -m "$(MARKERS)" --durations=10 \
-	  $(call plugin,xdist,-n $(JOBS)) $(call plugin,pytest_benchmark,--benchmark-disable)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest fastcil tests benchmarks -m "$(MARKERS)" --durations=10 \
+	  $(call plugin,xdist,-n $(JOBS) --dist worksteal) $(call plugin,pytest_benchmark,--benchmark-disable)
 
 lint: $(READY)
 	$(call tool,ruff,check .)

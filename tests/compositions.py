@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
+import pytest
 
 from fastcil.contract.registry import ADDONS, METHODS
 
@@ -65,6 +69,14 @@ OPTIONS = {
 }
 # So little memory has no room for a decoder of the published width.
 OWN = {"eec": {"eec.width": 4}}
+
+
+def every_other(cases: Iterable[Any], start: int = 0) -> list[Any]:
+    """Cases of a test of which half will do; the others are slow tests."""
+    return [
+        case if k % 2 == start else pytest.param(case, marks=pytest.mark.slow)
+        for k, case in enumerate(cases)
+    ]
 
 
 def draw(per_class: int, seed: int) -> tuple[np.ndarray, list[int]]:

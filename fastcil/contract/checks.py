@@ -39,7 +39,7 @@ def check_choices(config: Any) -> None:
         ...     head: Literal["all", "task"] = "all"
         >>> check_choices(Config("task"))
     """
-    for name, hint in field_types(type(config)).items():
+    for name, hint in field_types(config.__class__).items():
         value, known = getattr(config, name), get_args(hint)
         if get_origin(hint) is Literal and value not in known:
             raise FastcilError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")

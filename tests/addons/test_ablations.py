@@ -154,7 +154,12 @@ def test_the_last_block_alone_is_learned(trained) -> None:
     assert [len(curves) for curves in every.phi] == [2]
 
 
-RESUMED = ["4 random", "7 threshold", "8 joint", "10 last block", "11 foreground"]
+RESUMED = [
+    "4 random",
+    "8 joint",
+    *(pytest.param(r, marks=pytest.mark.slow) for r in ("7 threshold", "10 last block")),
+    pytest.param("11 foreground", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("row", RESUMED)

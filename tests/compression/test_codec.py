@@ -365,7 +365,7 @@ def test_ten_thousand_mutated_files(codec: ImageCodec, build: Build, tmp_path: P
         fuzz_network(build(name), tmp_path, count, seed=3, minutes=20)
 
 
-@pytest.mark.parametrize(("name", "count"), [("hierarchical-tiny", 300), ("gma-vr", 30)])
+@pytest.mark.parametrize(("name", "count"), [("hierarchical-tiny", 200), ("gma-vr", 15)])
 def test_mutated_files_of_a_network(build: Build, tmp_path: Path, name: str, count: int) -> None:
     fuzz_network(build(name), tmp_path, count, seed=2, minutes=5)
 

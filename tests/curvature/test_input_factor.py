@@ -55,6 +55,7 @@ GRID = [
 def test_it_is_the_mean_over_patches(kernel, route, dtype):
     """Every stride, padding, dilation and size of the grid, with a bias and with weights."""
     cases = [case for case in GRID if case[0] == kernel and case[5] == route]
+    cases = cases if dtype == torch.float64 else cases[::3]
     assert cases
     for number, (_, stride, padding, dilation, size, _) in enumerate(cases):
         x = draw(3, 4, *size, seed=number, dtype=dtype)
@@ -77,7 +78,7 @@ RESNET18 = [(64, 32), (128, 16), (256, 8), (512, 4), (64, 56), (128, 28), (256, 
 
 
 @pytest.mark.parametrize("channels, side", RESNET18)
-@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("positive", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_float32_at_the_sizes_of_real_layers(channels, side, positive):
     """Of inputs as a ReLU leaves them, with a mean, 5.2e-7 was the most: at 64 channels, 32x32."""
     x = draw(8, channels, side, side, dtype=torch.float32)

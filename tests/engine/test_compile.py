@@ -46,9 +46,8 @@ def counted_compile(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     "method",
     [
         "finetune",
-        "darkpp",
         "foster+cim",
-        *(pytest.param(method, marks=pytest.mark.slow) for method in ("gem", "si", "dlcft")),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("darkpp", "gem", "si", "dlcft")),
     ],
 )
 def test_compiled_objectives_survive_growing_heads(

@@ -66,7 +66,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Interruptions:
 
 
 # Others of the same addons are among the rest.
-LONG = ("der+cim", "podnet+cim", "er+samc")
+LONG = ("der+cim", "podnet+cim", "gem+samc", "lucir+aanets")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import ConvNet
+from compositions import every_other
 from torch import nn
 
 from fastcil import Arrival, FastcilError, Result, Scenario, train
@@ -202,7 +203,7 @@ def stopped_run(
                 assert len(stops) < 200
 
 
-@pytest.mark.parametrize("method", ["icarl", "der+cim", "icarl+mnemonics", "gem+samc"])
+@pytest.mark.parametrize("method", every_other(["icarl", "der+cim", "icarl+mnemonics", "gem+samc"]))
 def test_stopped_again_and_again_ends_in_the_same_bits(
     method, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, assert_same
 ) -> None:
@@ -217,7 +218,7 @@ SAMC_RUN = read_preset("samc/cifar100-10")
 OF_SAMC = [*(method for method in SAMC_RUN.configs if method != "samc"), "gem+samc", "ebm+samc"]
 
 
-@pytest.mark.parametrize("method", OF_SAMC)
+@pytest.mark.parametrize("method", every_other(OF_SAMC))
 def test_methods_as_samcs_paper_sets_them_go_on_in_the_middle_of_a_task(
     method, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, assert_same
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import ConvNet
+from compositions import every_other
 from torch import Tensor
 
 import fastcil
@@ -73,7 +74,7 @@ def learn(method: str, patch: pytest.MonkeyPatch, **options: Any) -> tuple[Learn
     return learner, seen
 
 
-@pytest.mark.parametrize("method", [*METHODS, *DRAWN])
+@pytest.mark.parametrize("method", [*every_other(METHODS), *DRAWN])
 def test_learning_is_what_it_was(method: str, assert_same, monkeypatch) -> None:
     recalled, once = learn(method, monkeypatch)
     monkeypatch.setattr(Loader, "constant", None)

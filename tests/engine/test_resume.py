@@ -90,8 +90,15 @@ def outcome(run_dir: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert main(command(folder)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        without_report(patch)
+        assert main(command(folder)) == 0
     return folder
+
+
+def without_report(patch: pytest.MonkeyPatch) -> None:
+    """Half of the time, and nothing that a kill could spoil: it is made of the results."""
+    patch.setattr(fastcil.engine.report, "write_report", lambda run_dir: run_dir)
 
 
 def test_killed_three_times_ends_in_the_same_bits(
@@ -128,8 +135,7 @@ def test_killed_in_the_second_task(
     method: str, tmp_path: Path, assert_same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept of the first, and what the later tasks make of it; a few-shot session too."""
-    # More than half of the time, and nothing that a kill could spoil: it is made of the results.
-    monkeypatch.setattr(fastcil.engine.report, "write_report", lambda run_dir: run_dir)
+    without_report(monkeypatch)
     FORKS.set_forkserver_preload(IMPORTS)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert main(command(whole, method)) == 0

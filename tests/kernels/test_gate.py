@@ -1,7 +1,7 @@
 """What the machine code of the kernels must be like: this needs no GPU, only Triton's assembler.
 
-On sm_90 every kernel is compiled for bfloat16 and float32, and Padé's gradient for float32 also on
-sm_80, where the same code has differed by a few registers. The other dtypes and sm_80 are slow.
+Every kernel is compiled for bfloat16 on sm_90, and Padé's gradient for float32 on sm_80, where the
+same code has differed by a few registers. The other dtypes, and the rest of sm_80, are slow.
 """
 
 from __future__ import annotations
@@ -149,9 +149,8 @@ def gate(launches, assemble_all):
 
 
 def marked(dtype, architecture):
-    # Half precision's code is bfloat16's but for its conversions; what is trained on is neither
-    # in double precision nor, as a rule, on sm_80.
-    slow = architecture == 80 or dtype in (torch.float16, torch.float64)
+    # Half precision's code is bfloat16's but for its conversions, single precision's simpler.
+    slow = (dtype, architecture) != (torch.bfloat16, 90)
     return pytest.param(dtype, architecture, marks=[pytest.mark.slow] if slow else [])
 
 

@@ -110,7 +110,11 @@ def arguments(dtype, steps):
     return *store, 224, 224, crops, flips, None, True, *program, MEAN, STD, dtype
 
 
-@pytest.mark.parametrize("architecture, dtype", [(90, torch.uint8), *COMPILED], ids=str)
+@pytest.mark.parametrize(
+    "architecture, dtype",
+    [pytest.param(90, torch.uint8, marks=pytest.mark.slow), *COMPILED],
+    ids=str,
+)
 def test_programs_compiled(launches, assemble, monkeypatch, architecture, dtype):
     monkeypatch.setattr(read, "launch", lambda *arguments, **constants: None)
     (launch,) = launches(kernels, "read_batch", *arguments(dtype, 3))

@@ -77,8 +77,8 @@ IDS = [name + "".join(f"-{v}" for v in options.values()) for name, options in VA
 def make(lab: SimpleNamespace, name: str, options: dict[str, Any], **recipe: Any) -> Method:
     cls: Any = lookup("method", name)
     torch.manual_seed(0)
-    # A neural gas takes hundreds of steps for every node.
-    options = {**({"nodes": 8} if name == "topic" else {}), **options}
+    # A neural gas takes hundreds of steps for every node, and MER one for every image.
+    options = {**{"topic": {"nodes": 8}, "mer": {"batches": 3}}.get(name, {}), **options}
     method: Method = cls(lab.shorten(cls.Config(**options), **recipe), lab.context)
     return method
 
