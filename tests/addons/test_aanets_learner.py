@@ -21,8 +21,8 @@ def shelf(*names):
     "composition",
     [
         "icarl+aanets",
-        "lucir+aanets",
-        "podnet+aanets",
+        pytest.param("lucir+aanets", marks=pytest.mark.slow),
+        pytest.param("podnet+aanets", marks=pytest.mark.slow),
         "icarl+aanets+cim",
     ],
 )

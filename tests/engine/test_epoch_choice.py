@@ -256,7 +256,12 @@ def test_figures_are_those_of_the_images(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("method", "rule"),
-    [("eeil", "held-out"), ("finetune", "paper"), ("lecnet", "paper"), ("topic", "held-out")],
+    [
+        ("eeil", "held-out"),
+        ("lecnet", "paper"),
+        pytest.param("finetune", "paper", marks=pytest.mark.slow),
+        pytest.param("topic", "held-out", marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_again_and_again_ends_in_the_same_bits(
     method, rule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, assert_same

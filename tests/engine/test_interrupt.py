@@ -65,8 +65,9 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Interruptions:
     return Interruptions(monkeypatch)
 
 
-# Others of the same addons are among the rest.
-LONG = ("der+cim", "podnet+cim", "gem+samc", "lucir+aanets")
+# Of the same kind as others that are among the rest.
+LONG = ("der+cim", "podnet+cim", "gem+samc", "lucir+aanets", "online-ewc", "mas", "osla", "eeil")
+LONG += ("finetune", "wa", "ncm", "lwf", "a-gem")
 
 
 @pytest.mark.parametrize(

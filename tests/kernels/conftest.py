@@ -1,8 +1,8 @@
 """How the kernels are tested without a GPU: by Triton's interpreter and by reading their code.
 
-The interpreter must be asked for before triton is imported, and then nothing can be compiled. So a
-file's tests that use the fixture ``interpreted`` are left out at first; its one test that calls
-``interpret`` runs them, all in one process of its own.
+The interpreter must be asked for before triton is imported, and then nothing can be compiled. So
+tests that use the fixture ``interpreted`` are left out at first; `test_interpreted` runs them, in
+processes of their own. Those of one file: ``TRITON_INTERPRET=1 pytest tests/kernels/test_pade.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,24 +83,6 @@ def patched_once() -> Iterator[None]:
 @pytest.fixture
 def interpreted() -> None:
     """Marks a test that needs the interpreter."""
-
-
-@pytest.fixture
-def interpret() -> Callable[[str], None]:
-    """Runs the tests of a file that need the interpreter."""
-
-    def run(path: str) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        # NumPy's warnings of infinities that the kernels provide for.
-        options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-        command = [sys.executable, "-m", "pytest", *options, path]
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-        )
-        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-
-    return run
 
 
 class Launch(NamedTuple):

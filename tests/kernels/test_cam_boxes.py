@@ -38,10 +38,6 @@ def compare(features, weights, sizes, threshold, given=None):
     return agreed
 
 
-def test_under_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -13,10 +13,6 @@ def test_ties_are_those_of_the_op():
     assert kernels.TIE == TIE
 
 
-def test_under_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_same_order_as_the_op(dtype, monkeypatch):

@@ -72,10 +72,6 @@ def compare(found, expected, tolerance):
         assert bool(((one.double() - other).abs() <= bound).all()), (index, one, other)
 
 
-def test_under_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("version", "degrees"),

@@ -45,10 +45,6 @@ def test_crops_reach_as_far_as_the_ops_do():
     assert kernels.FARTHEST == FARTHEST
 
 
-def test_under_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)], ids=str)

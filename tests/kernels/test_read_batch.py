@@ -66,10 +66,6 @@ def compare(rows, size, dtype, side=14):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=eps, atol=2e-7)
 
 
-def test_under_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
 def test_without_a_program(dtype):

@@ -30,10 +30,6 @@ def packed_images(generator):
     return store, torch.cat([packed[1], begins + gap]), torch.cat([packed[2], rows])
 
 
-def test_under_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("seed", range(2))
 def test_same_bytes_as_the_op(seed, monkeypatch):

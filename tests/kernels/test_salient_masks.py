@@ -22,10 +22,6 @@ def test_constant_maps_are_those_of_the_op():
     assert kernels.ROUNDING == ROUNDING
 
 
-def test_under_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("cells", [(7, 7), (1, 3)])
 def test_same_masks_as_the_reference(cells):

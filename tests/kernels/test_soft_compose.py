@@ -50,10 +50,6 @@ def draw(shape, positions, dtype=torch.float64, seed=0):
     return images, cam, gradient
 
 
-def test_under_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("shape", "positions", "ratio", "memory_format"),
