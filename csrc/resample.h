@@ -212,12 +212,13 @@ struct Columns {
   std::vector<int16_t> weights;
 
   void set(const Axis& axis) {
-    const int64_t size = axis.first.size(), taps = axis.taps;
+    const int64_t size = axis.first.size();
     samples.resize(size);
     for (int64_t i = 0; i < size; ++i) {
       samples[i] = static_cast<int32_t>(3 * (axis.first[i] - axis.low));
     }
 #ifdef FASTCIL_AVX2
+    const int64_t taps = axis.taps;
     weights.resize(4 * size * taps);
     int16_t* out = weights.data();
     for (int64_t i = 0; i < size; i += kGroup) {
