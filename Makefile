@@ -7,8 +7,8 @@ TORCH := torch==2.13.0
 TRITON := triton==3.7.1; sys_platform == 'linux'
 JOBS ?= 2
 MARKERS ?= not slow and not gpu
-PEERS := rational-activations==0.2.0 seaborn pandas nvidia-dali-cuda120 astunparse gast optree makefun \
-  kornia kornia_rs torchcam torchvision asdfghjkl==0.1a5 curvlinops-for-pytorch==3.0.1 \
+PEERS := rational-activations==0.2.0 seaborn pandas nvidia-dali-cuda120 astunparse gast optree \
+  makefun kornia kornia_rs torchcam torchvision asdfghjkl==0.1a5 curvlinops-for-pytorch==3.0.1 \
   nngeometry==0.4 kronfluence==1.0.1 backpack-for-pytorch==1.7.1 singd==0.0.5 \
   compressai==1.2.8 einconv einops opt_einsum unfoldNd linear_operator accelerate tqdm
 # Room for two raw exemplars of each class, and a twentieth of FOSTER's epochs without its
