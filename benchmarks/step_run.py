@@ -29,7 +29,7 @@ from fastcil.engine.state import write_atomically
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "steps"
 FACTS = ("fastcil", "python", "torch", "numpy", "processor", "device")
-SECTIONS = ("peers", "mammoth", "memory", "methods", "growth", "photos")
+SECTIONS = ("peers", "mammoth", "memory", "methods", "growth", "photos", "ranks")
 
 
 def file_of(facts: dict[str, Any]) -> Path:
@@ -80,6 +80,7 @@ def time_all(arguments: argparse.Namespace) -> None:
             for method in growth.METHODS
         ),
         "photos": lambda: step_sections.photos(arguments),
+        "ranks": lambda: step_sections.shared(arguments),
     }
     for section in only:
         rows: list[dict[str, Any]] = []
@@ -106,6 +107,8 @@ def main() -> None:
     timer.add_argument("--rounds", type=int, default=3)
     timer.add_argument("--steps", type=int, default=16, help="of an epoch beside PyCIL's")
     timer.add_argument("--tasks", type=int, default=20, help="of growth")
+    timer.add_argument("--processes", default="1,2", help="that share a run, of each in turn")
+    timer.add_argument("--epochs", type=float, default=0.05, help="of the published, such a run's")
     timer.add_argument("--batch", type=int, default=128)
     timer.add_argument("--peers", default="foster,icarl,der", help="methods of PyCIL timed")
     timer.add_argument("--methods", default=",".join(step_sections.METHODS))

@@ -1,4 +1,4 @@
-"""The sections of `step_run`: methods, PyCIL and Mammoth beside ours, memory, photos."""
+"""The sections of `step_run`: methods, PyCIL and Mammoth beside ours, memory, photos, ranks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import gc
 import statistics
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ranks
 import torch
 from clocks import in_turn
 from step_case import BEST, MODES, Epoch, Run, Work
@@ -46,7 +47,7 @@ def stream(arguments: Namespace) -> Work:
     return Work("CIFAR-100", data, "b0-inc5", "200 images", batch=min(16, arguments.batch))
 
 
-def part(data: str, **limits: int) -> str:
+def part(data: str, **limits: int | str) -> str:
     """A part of a data set, as `fastcil.train` takes it; limits that it has already stay."""
     name, _, own = data.partition(":")
     told = dict(item.split("=") for item in own.split(",") if item)
@@ -210,6 +211,18 @@ def memory(arguments: Namespace) -> list[dict[str, Any]]:
         {"way": way, "seconds": round(statistics.median(taken), 3), "exemplars": held[way]}
         for way, taken in rows.items()
     ]
+
+
+def shared(arguments: Namespace) -> Iterator[dict[str, Any]]:
+    """A run of thirty classes by one process and by more."""
+    limits: dict[str, int | str] = {"classes": "0-29", "train_per_class": 100}
+    return ranks.rows(
+        [int(count) for count in arguments.processes.split(",")],
+        part(arguments.data, **limits, test_per_class=50),
+        arguments.device,
+        engine__epoch_scale=arguments.epochs,
+        engine__batch_size=arguments.batch,
+    )
 
 
 def photos(arguments: Namespace) -> list[dict[str, Any]]:

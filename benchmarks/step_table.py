@@ -29,6 +29,7 @@ def table(content: dict[str, Any]) -> str:
         "photos": _photos,
         "methods": _methods,
         "growth": _growth,
+        "ranks": _ranks,
     }
     sections = content["sections"]
     made = [makers[name](sections[name]["rows"]) for name in makers if name in sections]
@@ -127,3 +128,19 @@ def _growth(rows: list[dict[str, Any]]) -> str:
     titles = ["method", *(f"ms, task {k}" for k in (2, count // 2 + 1, count)), "ms a task more"]
     titles += ["peak, MiB, task 2", f"task {count}", "thousand numbers trained, of held"]
     return _grid(titles, cells)
+
+
+def _ranks(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [
+            str(row["processes"]),
+            f"{row['average']:.1f}",
+            f"{row['last']:.1f}",
+            f"{row['seconds']:.0f}",
+            f"{row['efficiency']:.0%}",
+        ]
+        for row in rows
+    ]
+    return _grid(
+        ["processes that share a run", "average %", "last %", "seconds", "efficiency"], cells
+    )

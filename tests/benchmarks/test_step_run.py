@@ -9,6 +9,7 @@ from functools import partial
 
 import growth
 import pytest
+import ranks
 import step_run
 import step_sections
 import step_table
@@ -128,6 +129,30 @@ def test_compiled_where_asked_for():
     assert "bf16 compiled" in step_sections.modes_of("gem", given)
 
 
+def test_processes_that_share_a_run(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        ranks,
+        "learn",
+        lambda count, settings: (
+            told.append((count, settings))
+            or {"average_accuracy": 50.0, "last_accuracy": 40.0, "seconds": 8.0 - 2 * count}
+        ),
+    )
+    found = list(ranks.rows([1, 2], "a.npz", "cpu", engine__batch_size=8))
+    assert [row["efficiency"] for row in found] == [1.0, 0.75]
+    for count, (given, settings) in enumerate(told, start=1):
+        assert given == count and settings["engine.batch_size"] == "8"
+
+
+@pytest.mark.slow
+def test_real_processes_that_share_a_run():
+    data = "scenes:classes=6,size=32,train_per_class=8,test_per_class=2"
+    found = list(ranks.rows([1, 2], data, "cpu", engine__epoch_scale=0.01))
+    assert [row["processes"] for row in found] == [1, 2]
+    assert all(row["seconds"] > 0 and 0 <= row["last"] <= 100 for row in found)
+
+
 ROWS = {
     "peers": [
         {
@@ -158,6 +183,9 @@ ROWS = {
     "methods": [
         {"method": "gem", "mode": "fp32", "rate": 5.0, "shares": {"data": 0.5}, "peak": None}
     ],
+    "ranks": [
+        {"processes": 2, "average": 50.0, "last": 41.25, "seconds": 99.6, "efficiency": 0.625}
+    ],
 }
 
 
@@ -177,6 +205,7 @@ def test_figures_are_kept_and_shown(tmp_path):
         "| `darkpp` | fastcil, fp32 | 75 | 1.25 | 1 |",
         "| fastcil, fp32 | 2.00 | 10.0 | 2,000 |",
         "| `gem` | fp32 | 5 | 50.0% |",
+        "| 2 | 50.0 | 41.2 | 100 | 62% |",
         "A CPU, 2 cores, 2 threads, torch 1, Python 1, commit abc.",
     ):
         assert line in shown
