@@ -19,8 +19,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "method": "foster",
-    "scenario": "lfs-3",
-    "memory": "300 images",
+    "scenario": "lfs-2",
+    "memory": "200 images",
     "seeds": "0",
     "engine.threads": "1",
     "engine.progress": "false",

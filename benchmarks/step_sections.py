@@ -214,8 +214,8 @@ def memory(arguments: Namespace) -> list[dict[str, Any]]:
 
 
 def shared(arguments: Namespace) -> Iterator[dict[str, Any]]:
-    """A run of thirty classes by one process and by more."""
-    limits: dict[str, int | str] = {"classes": "0-29", "train_per_class": 100}
+    """A run of twenty classes by one process and by more."""
+    limits: dict[str, int | str] = {"classes": "0-19", "train_per_class": 100}
     return ranks.rows(
         [int(count) for count in arguments.processes.split(",")],
         part(arguments.data, **limits, test_per_class=50),
