@@ -71,8 +71,8 @@ def learn(count: int, settings: dict[str, str]) -> dict[str, Any]:
             stdout=subprocess.DEVNULL,
             check=True,
         )
-        (file,) = Path(folder).rglob("result.json")
-        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["summary"]
+        result = json.loads(Path(folder, "run", "result.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = result["summary"]
     return summary
 
 
