@@ -24,6 +24,7 @@ MAMMOTH = "Mammoth"
 MAMMOTHS = {"darkpp": ("resnet18", 64, 500), "gem": ("reduced-resnet18", 20, 200)}
 MAMMOTH_BATCH = 32
 PHOTO_SIDE, PHOTO_BATCH, PHOTO_STEPS = 224, 32, 6
+SHARED_BATCH = 64
 _SHORT = 5  # steps of an epoch where only shares are wanted
 
 
@@ -214,14 +215,14 @@ def memory(arguments: Namespace) -> list[dict[str, Any]]:
 
 
 def shared(arguments: Namespace) -> Iterator[dict[str, Any]]:
-    """A run of twenty classes by one process and by more."""
-    limits: dict[str, int | str] = {"classes": "0-19", "train_per_class": 100}
+    """A run of ten classes by one process and by more."""
+    limits: dict[str, int | str] = {"classes": "0-9", "train_per_class": 250}
     return ranks.rows(
         [int(count) for count in arguments.processes.split(",")],
-        part(arguments.data, **limits, test_per_class=50),
+        part(arguments.data, **limits),
         arguments.device,
         engine__epoch_scale=arguments.epochs,
-        engine__batch_size=arguments.batch,
+        engine__batch_size=min(SHARED_BATCH, arguments.batch),
     )
 
 
