@@ -293,7 +293,7 @@ class Trainer:
         if max(map(abs, losses.values()), default=0.0) >= LARGEST:
             raise FastcilError(
                 f"stage '{stage.name}' diverged in epoch {epoch} (losses {losses}); "
-                f"lower its lr, or clip its gradients."
+                f"lower its lr or a penalty's weight, or clip its gradients."
             )
         self.tell(
             "epoch",

@@ -70,7 +70,8 @@ class EWC(Anchored):
         Args:
             first: Recipe of the first task.
             later: Recipe of every later task.
-            lam: lambda.
+            lam: lambda. The Fisher information grows by every task: gradient descent with momentum
+                beta diverges where lr lambda times its largest entry exceeds 2 (1 + beta).
             head: ``all`` known classes share one softmax; or each ``task`` has its own head.
             estimator: Labels of the Fisher information: ``empirical``, the true ones;
                 ``sampled`` from the model; ``exact``, all of them by their probability.
