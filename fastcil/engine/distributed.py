@@ -108,7 +108,7 @@ def joined(device: str, seconds: float) -> Iterator[Ranks]:
             check_alike(_program(), "at the start")
             torch.set_num_threads(_threads(ranks, local_size))
             yield ranks
-            ranks.barrier()
+            ranks.leave()
     except BaseException:
         # NCCL would wait for those who are gone.
         if not cuda:
@@ -198,6 +198,15 @@ class ProcessRanks(Ranks):
         if self._store.add(f"{key}/here", 1) == self.size:
             self._store.set(key, "all")
         self._store.wait([key], _MONTH)
+
+    def leave(self) -> None:
+        """The last barrier, after which the first process, which may hold the store, goes last."""
+        self.barrier()
+        notes = [f"fastcil/left/{other}" for other in range(1, self.size)]
+        if self.rank:
+            self._store.set(notes[self.rank - 1], "")  # which waits for no answer
+        elif notes:
+            self._store.wait(notes, _MONTH)
 
     @contextmanager
     def turn(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from compositions import SAMPLE
-from ranks_worker import work, write_slowly
+from ranks_worker import leave_late, work, write_slowly
 from thread_ranks import ThreadRanks, run_ranks, sharing
 
 import fastcil
@@ -362,6 +362,11 @@ def test_rows_are_gathered_as_they_lie_in_memory(dtype: torch.dtype) -> None:
             assert given.dim() == 3 or found.is_contiguous(**last) == given.is_contiguous(**last)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_first_process_goes_last() -> None:
+    """It may hold what the others still read from: started by hand, not by torchrun's agent."""
+    start(2, lambda told: FORKS.Process(target=leave_late, args=(told,)))
 
 
 def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
