@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,16 @@ SETTINGS = {
 }
 
 
-def rows(counts: list[int], data: str, device: str, **options: Any) -> Iterator[dict[str, Any]]:
+def rows(
+    counts: list[int], data: str, device: str, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """Runs by so many processes each.
 
     Args:
         counts: Numbers of processes; on GPUs those that the machine has GPUs for are run.
         data: As ``fastcil train`` takes it.
         device: ``cpu`` or ``cuda``.
-        **options: Further settings, their dots written as two underscores.
+        options: Further ones, by their dotted names.
 
     Yields:
         Number of processes, average and last accuracy in percent, seconds of learning and
@@ -45,8 +47,7 @@ def rows(counts: list[int], data: str, device: str, **options: Any) -> Iterator[
     for count in counts:
         if device != "cpu" and count > torch.cuda.device_count():
             continue
-        told = {name.replace("__", "."): str(value) for name, value in options.items()}
-        summary = learn(count, SETTINGS | {"data": data, "device": device} | told)
+        summary = learn(count, {**SETTINGS, "data": data, "device": device, **options})
         spent = count * summary["seconds"]
         first = first or spent
         yield {
@@ -58,7 +59,7 @@ def rows(counts: list[int], data: str, device: str, **options: Any) -> Iterator[
         }
 
 
-def learn(count: int, settings: dict[str, str]) -> dict[str, Any]:
+def learn(count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The summary of a run by so many processes."""
     start = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"]
     with tempfile.TemporaryDirectory() as folder:

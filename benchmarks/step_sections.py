@@ -217,13 +217,12 @@ def memory(arguments: Namespace) -> list[dict[str, Any]]:
 def shared(arguments: Namespace) -> Iterator[dict[str, Any]]:
     """A run of ten classes by one process and by more."""
     limits: dict[str, int | str] = {"classes": "0-9", "train_per_class": 250}
-    return ranks.rows(
-        [int(count) for count in arguments.processes.split(",")],
-        part(arguments.data, **limits),
-        arguments.device,
-        engine__epoch_scale=arguments.epochs,
-        engine__batch_size=min(SHARED_BATCH, arguments.batch),
-    )
+    options = {
+        "engine.epoch_scale": arguments.epochs,
+        "engine.batch_size": min(SHARED_BATCH, arguments.batch),
+    }
+    counts = [int(count) for count in arguments.processes.split(",")]
+    return ranks.rows(counts, part(arguments.data, **limits), arguments.device, options)
 
 
 def photos(arguments: Namespace) -> list[dict[str, Any]]:

@@ -139,16 +139,16 @@ def test_processes_that_share_a_run(monkeypatch):
             or {"average_accuracy": 50.0, "last_accuracy": 40.0, "seconds": 8.0 - 2 * count}
         ),
     )
-    found = list(ranks.rows([1, 2], "a.npz", "cpu", engine__batch_size=8))
+    found = list(ranks.rows([1, 2], "a.npz", "cpu", {"engine.batch_size": 8}))
     assert [row["efficiency"] for row in found] == [1.0, 0.75]
     for count, (given, settings) in enumerate(told, start=1):
-        assert given == count and settings["engine.batch_size"] == "8"
+        assert given == count and settings["engine.batch_size"] == 8
 
 
 @pytest.mark.slow
 def test_real_processes_that_share_a_run():
     data = "scenes:classes=6,size=32,train_per_class=8,test_per_class=2"
-    found = list(ranks.rows([1, 2], data, "cpu", engine__epoch_scale=0.01))
+    found = list(ranks.rows([1, 2], data, "cpu", {"engine.epoch_scale": 0.01}))
     assert [row["processes"] for row in found] == [1, 2]
     assert all(row["seconds"] > 0 and 0 <= row["last"] <= 100 for row in found)
 
