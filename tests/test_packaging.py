@@ -114,6 +114,17 @@ def test_importing_fastcil_loads_nothing_heavy() -> None:
     assert not {"torch", "numpy", "cv2", "triton", "matplotlib"} & set(loaded)
 
 
+def test_listing_the_methods_loads_no_compiler() -> None:
+    code = (
+        "import sys, fastcil.cli as cli; cli.main(['methods'])\n"
+        "print('loaded:', *(name for name in sys.modules if name.startswith('torch._dynamo')))"
+    )
+    written = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "foster" in written and written.endswith("loaded:\n")
+
+
 def test_build_facts() -> None:
     torch = pytest.importorskip("torch")
     extension = pytest.importorskip("fastcil._C", reason="the C++ extension is not built")

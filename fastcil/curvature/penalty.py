@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcil.errors import FastcilError
+from fastcil.nn.eager import eager
 
 Product = Callable[[Tensor], Tensor]
 """A symmetric linear map of one displacement."""
@@ -35,7 +36,7 @@ class _HalfQuadratic(torch.autograd.Function):
         return (None, *(outer[0] * gradient for gradient in gradients))
 
 
-@torch.compiler.disable
+@eager
 def half_quadratic(displacements: Sequence[Tensor], products: Sequence[Product]) -> Tensor:
     r"""The value of a quadratic form whose gradient costs nothing more.
 

@@ -27,6 +27,7 @@ from fastcil.contract import (
 from fastcil.memory.replay import replay_streams
 from fastcil.methods.recipes import online
 from fastcil.nn import EnergyHead, TaskOutputs, masked_mean, outputs_of
+from fastcil.nn.eager import eager
 from fastcil.nn.lifecycle import channels, with_head
 
 _CIFAR10 = Recipe(
@@ -243,7 +244,7 @@ class _Draws(nn.Module):
         """Makes other numbers of the next ones."""
         self.seed = self.seed + 1
 
-    @torch.compiler.disable
+    @eager
     def uniform(self, count: int) -> Tensor:
         """Numbers in [0, 1), float64 [count] on the CPU; the same until `advance`."""
         generator = torch.Generator().manual_seed(int(self.seed))
