@@ -95,11 +95,13 @@ bench-sparse: $(READY)
 gpu: $(READY)
 	$(MAKE) -k test-gpu sanitize bench-gpu bench-gpu-runs
 
-# The files that hold tests for a GPU: the others may need what a bare machine lacks.
+# The files that hold tests for a GPU: the others may need what a bare machine lacks. With
+# GPU_MARKERS='gpu and not slow' not every composition is trained, but each method and each addon.
+GPU_MARKERS ?= gpu
 GPU_TESTS := tests/ops/test_devices.py tests/ops/test_transfer.py \
   tests/engine/test_no_sync.py tests/engine/test_mapped_run.py
 test-gpu: $(READY)
-	$(PY) -m pytest $(GPU_TESTS) -m gpu $(call plugin,xdist,-n $(JOBS)) \
+	$(PY) -m pytest $(GPU_TESTS) -m "$(GPU_MARKERS)" $(call plugin,xdist,-n $(JOBS)) \
 	  $(call plugin,pytest_timeout,--timeout 120)
 
 # Every tensor an allocation of its own: what lies beyond its end is then nobody's. TOOLS= and K=,

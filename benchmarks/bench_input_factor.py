@@ -33,13 +33,14 @@ from torch import Tensor
 from fastcil.curvature import ConvInputFactor
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = 5e-6  # relative error in the Frobenius norm
+# Relative error in the Frobenius norm; a GPU may add up 800,000 products of one sign in a row.
+ALLOWED = {"cpu": 5e-6, "cuda": 3e-5}
 
 
 @lru_cache(1)
 def truth(layer: Layer) -> Tensor:
-    patches = layer.patches(layer.batch().cpu().double())
-    return patches.T @ patches / len(patches)
+    patches = layer.patches(layer.batch().double())
+    return (patches.T @ patches / len(patches)).cpu()
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def check(name: str, layer: Layer, running: Running) -> None:
     running.update(2 * x)
     wanted = truth(layer) * ((running.decay + 4) / (running.decay + 1))
     error = float((running.mean(2).cpu().double() - wanted).norm() / wanted.norm())
-    assert error < ALLOWED, f"{name} computes something else: relative error {error}"
+    assert error < ALLOWED[layer.device], f"{name} computes something else: relative error {error}"
 
 
 def make(layer: Layer, name: str, full: bool) -> Step | None:

@@ -41,15 +41,19 @@ class Work:
         return self.x, self.numerator, self.denominator
 
 
-def make_work(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Work:
+def make_work(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Work:
     """The same numbers in each dtype."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     x, gradient, dx = (normal(*shape).requires_grad_() for _ in range(3))
-    a, b = (torch.tensor(c).to(dtype).requires_grad_() for c in (NUMERATOR, DENOMINATOR))
+    a, b = (torch.tensor(c).to(device, dtype).requires_grad_() for c in (NUMERATOR, DENOMINATOR))
     return Work(x, a, b, gradient, (dx.detach(), normal(6), normal(4)))
 
 

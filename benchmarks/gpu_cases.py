@@ -60,11 +60,9 @@ def assert_near(name: str, results: Any, truth: Any, allowed: float) -> None:
 
 def pade_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bench_pade.Work:
     """The few images that are compared are the first of the many that are timed."""
-    work = bench_pade.make_work(shape)
-    x, gradient = (t.detach().to(device, dtype).requires_grad_() for t in (work.x, work.gradient))
-    wide = torch.promote_types(dtype, torch.float32)
-    a, b = (c.detach().to(device, wide).requires_grad_() for c in work.inputs[1:])
-    return bench_pade.Work(x, a, b, gradient, tuple(d.to(device) for d in work.directions))
+    work = bench_pade.make_work(shape, device=device)
+    x, gradient = (t.detach().to(dtype).requires_grad_() for t in (work.x, work.gradient))
+    return replace(work, x=x, gradient=gradient)
 
 
 def activation(name: str) -> Callable[..., Tensor]:

@@ -31,13 +31,16 @@ def own_share(nbytes: int) -> int:
 
 
 def device_free(device: torch.device) -> int | None:
-    """Bytes free on a CUDA device; None on one of another kind.
+    """Bytes free on a CUDA device, those that torch holds unused among them; None on another kind.
 
     Example:
         >>> device_free(torch.device("cpu")) is None
         True
     """
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def host_free() -> int:

@@ -282,8 +282,9 @@ class DER(Method):
         assert isinstance(newest, MaskedResNet)
         softest, sharpest = 1 / self.config.largest_scale, self.config.largest_scale
         # An epoch of a single step ends, and begins, with sharp masks.
-        done = (self.position / (steps - 1)).clamp(max=1.0) if steps > 1 else 1.0
-        newest.set_scale(softest + (sharpest - softest) * torch.as_tensor(done))
+        position = self.position if steps > 1 else torch.ones_like(self.position)
+        done = (position / max(steps - 1, 1)).clamp(max=1.0)
+        newest.set_scale(softest + (sharpest - softest) * done)
         self.position += 1
 
     def _finish(self, known: int) -> None:

@@ -44,7 +44,9 @@ def grids(sizes: Tensor, ratio: float) -> Tensor:
     """
     if not 1 <= ratio < math.inf:
         raise FastcilError(f"ratio is {ratio}; it must be a finite number of at least 1")
-    return (sizes.double() / math.sqrt(ratio)).floor().clamp(min=1).long()
+    # By a number, CUDA would multiply with the reciprocal, which may end below a whole quotient.
+    cell = torch.full((), math.sqrt(ratio), dtype=torch.float64, device=sizes.device)
+    return (sizes.double() / cell).floor().clamp(min=1).long()
 
 
 def packed_nbytes(geometry: Tensor, nearest: Nearest = "opencv") -> Tensor:

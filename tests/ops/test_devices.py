@@ -384,6 +384,7 @@ def test_input_factor_of_half_inputs(device):
     factor = ConvInputFactor(20, 3, padding=1, half_inputs=True, route="lags")
     factor.update(x.to(device, torch.float32))
     rows = functional.unfold(x.bfloat16().double(), 3, padding=1).mT.reshape(-1, 180)
-    # Rounded inputs apart, a GPU adds up in float32; torch's products on a CPU end in bfloat16.
-    allowed = ERROR[torch.float32 if device == "cuda" else torch.bfloat16]
+    # Rounded inputs apart, a GPU adds up in float32, though its tensor cores cut bits off as they
+    # do; torch's products on a CPU end in bfloat16.
+    allowed = 1e-5 if device == "cuda" else ERROR[torch.bfloat16]
     assert_near(factor.dense(), rows.T @ rows / len(rows), allowed)
