@@ -99,7 +99,8 @@ class CIM(Addon):
         0.1 times the task-level learning rate with FOSTER, that is 0.01, and at that rate itself
         with DER, whose ``mu`` is 0; and ``compress_all`` true. The term of ``mu`` spans the inner
         batch, exemplars included, as there. The outer batch is of new images alone, as in Eq. 9;
-        the released code draws it from all.
+        the released code draws it from all. It has AutoAugment with DER too, which is
+        ``augment.policy=imagenet`` here.
 
         Args:
             boxes: What stays sharp: the box of the learned branch's map (``learned``) or of the

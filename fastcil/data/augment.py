@@ -303,7 +303,7 @@ class Augmentation:
         return crops.box(zero, zero, height, width)
 
     def pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Changes a training batch's pixels: AutoAugment, jitter, then Cutout.
+        """Changes a training batch's pixels: jitter, AutoAugment, then Cutout.
 
         Args:
             images: uint8 [B, 3, h, w]; not written to.
@@ -345,16 +345,16 @@ class Augmentation:
     def _program(
         self, count: int, height: int, width: int, generator: torch.Generator
     ) -> ops.PixelProgram:
-        """AutoAugment, then brightness, contrast and saturation, then Cutout."""
+        """Brightness, contrast and saturation, then AutoAugment, as FOSTER has it; then Cutout."""
         program = ops.PixelProgram.empty(count)
-        if self.policy != "none":
-            plan = autoaugment.draw(count, self.policy, generator)
-            program = program.then(plan.program(height, width))
         jitter = {"brightness": self.brightness, "contrast": self.contrast}
         for name, most in (jitter | {"colour": self.saturation}).items():
             if most > 0:
                 luck = torch.rand(count, generator=generator, dtype=torch.float64)
                 program = program.then(ops.PixelProgram.of(name, 1 + most * (2 * luck - 1)))
+        if self.policy != "none":
+            plan = autoaugment.draw(count, self.policy, generator)
+            program = program.then(plan.program(height, width))
         if self.cutout > 0:
             y = torch.randint(height, (count,), generator=generator)
             x = torch.randint(width, (count,), generator=generator)

@@ -71,6 +71,9 @@ class LUCIR(Method):
     class Config:
         """Settings of LUCIR; the default is the released CIFAR-100 configuration.
 
+        There, shortcuts of the ResNet-32 have 1x1 convolutions, where ours are padded with zeros,
+        and brightness does not change (``augment.brightness=0``).
+
         ``LUCIR.PRESETS["imagenet"]`` is that of ImageNet-100, ``PRESETS["imagenet-1000"]`` the
         same with class-balanced finetuning, and ``PRESETS["mnemonics"]`` what the released code of
         Mnemonics (Liu et al. 2020) trains CIFAR-100 with: distillation of logits, no ranking, and

@@ -54,10 +54,12 @@ class PODNet(Method):
     equal. From the second task on stage ``finetune`` trains all proxies, and nothing else, on all
     exemplars and as many new images of each class, those that herding picks; without exemplars
     there is none. The scale eta stays then, and batch norms go on taking statistics, as in the
-    released code. The features have no last ReLU, and batch norms that end a residual branch start
-    at zero (``network.last_relu``, ``network.zero_init_residual``). In the released networks no
-    residual block ends in a ReLU (CIFAR), or no stage (ImageNet), and a fourth map is compared on
-    CIFAR, that before the last block: here it is three maps, and the last alone has no ReLU.
+    released code. How many that is, memory says as it was before the task, as in PyCIL; the
+    released code has made room for the new classes by then, and takes fewer. The features have no
+    last ReLU, and batch norms that end a residual branch start at zero (``network.last_relu``,
+    ``network.zero_init_residual``). In the released networks no residual block ends in a ReLU
+    (CIFAR), or no stage (ImageNet), and a fourth map is compared on CIFAR, that before the last
+    block: here it is three maps, and the last alone has no ReLU.
 
     A task that brings no new class, but new images of known ones, trains all proxies in both
     stages, and its C_n is the number of classes it has images of.
@@ -75,7 +77,7 @@ class PODNet(Method):
         """Settings of PODNet; the default is the released CIFAR-100 configuration.
 
         ``PODNet.PRESETS["imagenet"]`` is that of ImageNet-100, and ``PRESETS["pycil"]`` what PyCIL
-        (Zhou et al. 2023) trains CIFAR-100 with.
+        (Zhou et al. 2023) trains CIFAR-100 with, but that shortcuts have 1x1 convolutions there.
 
         Args:
             train: Recipe of the first stage, in every task.
@@ -88,6 +90,8 @@ class PODNet(Method):
             nca: ``released``: as the code computes it, and the published figures were made, where
                 the margin cancels out; ``margin``: the paper's.
             margin: delta, of the paper's form alone.
+            zero_init_residual: Whether batch norms that end a residual branch start at zero; not in
+                PyCIL.
         """
 
         train: Recipe = _CIFAR
@@ -98,6 +102,7 @@ class PODNet(Method):
         spatial_weight: float = 3.0
         nca: Literal["released", "margin"] = "released"
         margin: float = 0.6
+        zero_init_residual: bool = True
 
         def __post_init__(self) -> None:
             check_choices(self)
@@ -117,6 +122,7 @@ class PODNet(Method):
             finetune=replace(_FINETUNING, lr=0.005, schedule="cosine", clip_value=0.0),
             finetunes="everything",
             spatial_weight=5.0,
+            zero_init_residual=False,
         ),
     }
 
@@ -130,8 +136,8 @@ class PODNet(Method):
 
     @classmethod
     def published_network(cls, config: Any) -> dict[str, bool]:
-        """Features without a last ReLU, residual branches that start at zero."""
-        return {"last_relu": False, "zero_init_residual": True}
+        """Features without a last ReLU, residual branches that start as the Config has it."""
+        return {"last_relu": False, "zero_init_residual": config.zero_init_residual}
 
     @property
     def head(self) -> ProxyHead:

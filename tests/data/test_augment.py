@@ -186,15 +186,15 @@ def test_nothing_to_do_gives_the_images_back() -> None:
     assert torch.equal(Augmentation(5, brightness=0.0).pixels(images, seeded()), images)
 
 
-def test_policy_then_brightness_then_cutout() -> None:
+def test_brightness_then_policy_then_cutout() -> None:
     images = torch.randint(1, 256, (32, 3, 16, 16), generator=seeded(11), dtype=torch.uint8)
     augmentation = Augmentation(16, policy="cifar", brightness=0.25, cutout=8)
     generator = seeded(12)
     got = augmentation.pixels(images, generator)
     again = seeded(12)
-    expected = draw(32, "cifar", again).program(16, 16).run(images)
     factor = 0.75 + 0.5 * torch.rand(32, generator=again, dtype=torch.float64)
-    expected = pixel_ops.brightness(expected, factor)
+    expected = pixel_ops.brightness(images, factor)
+    expected = draw(32, "cifar", again).program(16, 16).run(expected)
     y, x = (torch.randint(16, (32,), generator=again) for _ in range(2))
     black = torch.zeros(32, 3, dtype=torch.uint8)
     expected = pixel_ops.cutout(expected, y, x, torch.full_like(y, 8), black)

@@ -106,7 +106,7 @@ def test_parameters_that_depend_on_the_number_of_tasks() -> None:
     ("method", "rectified"), [("icarl", True), ("der", True), ("wa", True), ("podnet", False)]
 )
 def test_networks_of_pycils_figures_end_as_pycils(method: str, rectified: bool) -> None:
-    """With a ReLU, but for PODNet's."""
+    """With a ReLU, but for PODNet's; no residual branch starts at zero."""
     preset = read_preset("cifar100/b0-10")
     settings = make_settings(method, preset.options_for([method]))
     parts = Parts.build(settings, Budget(10, "images"), torch.device("cpu"), 32, "padded", None)
@@ -114,9 +114,19 @@ def test_networks_of_pycils_figures_end_as_pycils(method: str, rectified: bool) 
     network = parts.context.make_backbone().eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.ones_(module.weight)  # PODNet's residual branches start at zero
+            assert bool((module.weight == 1).all())
     with torch.no_grad():
         assert bool((network(images) < 0).any()) != rectified
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("cim/")])
+def test_foster_counts_as_in_the_code_of_cim(name: str) -> None:
+    """By the budget in raw images, whatever there are of compressed ones."""
+    preset = read_preset(name)
+    foster = make_settings("foster+cim", preset.options_for(["foster+cim"])).groups["foster"]
+    budget = Budget.parse(preset.arguments["memory"])
+    counted = (0, budget.amount) if budget.growing else (budget.amount, 0)
+    assert (foster.nominal_memory, foster.nominal_per_class) == counted
 
 
 @pytest.mark.parametrize("name", ["cim/imagenet100-lfh10", "cim/imagenet1000-lfh5"])
