@@ -89,7 +89,7 @@ class Options:
     """
 
     out: str
-    model: str = "hierarchical-tiny"
+    model: str = "hierarchical-mini"
     steps: int = 4000
     size: int = 128
     batch_size: int = 8

@@ -21,6 +21,17 @@ _KINDS: Mapping[str, tuple[Callable[[Any], CodecModel], type]] = MappingProxyTyp
     }
 )
 
+# Of these channels and blocks, whatever the latents.
+_TINY = {
+    "kind": "hierarchical",
+    "channels": (16, 24, 32, 24, 16),
+    "kernels": (5, 5, 5, 3, 3),
+    "encoder_blocks": (1, 1, 1, 1, 1),
+    "decoder_blocks": ((0, 1), (1, 1), (1, 1), (1, 1)),
+    "last_blocks": 1,
+    "embedding": 32,
+}
+
 CODECS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "hierarchical": {"kind": "hierarchical"},
@@ -30,23 +41,20 @@ CODECS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "latents": (40, 40, 80, 16),
             "embedding": 64,
         },
-        "hierarchical-tiny": {
-            "kind": "hierarchical",
-            "channels": (16, 24, 32, 24, 16),
-            "kernels": (5, 5, 5, 3, 3),
-            "encoder_blocks": (1, 1, 1, 1, 1),
-            "latents": (16, 16, 16, 8),
-            "decoder_blocks": ((0, 1), (1, 1), (1, 1), (1, 1)),
-            "last_blocks": 1,
-            "embedding": 32,
-        },
+        "hierarchical-mini": {**_TINY, "latents": (16, 16, 32, 32)},
+        "hierarchical-tiny": {**_TINY, "latents": (16, 16, 16, 8)},
         "msh-vr": {"kind": "hyperprior"},
         "msh": {"kind": "hyperprior", "embedding": 0},
         "gma-vr": {"kind": "mixture"},
         "gma": {"kind": "mixture", "embedding": 0},
     }
 )
-"""Structures by name: 35.5 M, 3.5 M and 0.2 M parameters; baselines of many rates and of one."""
+"""Structures by name: 35.5 M, 3.5 M and twice 0.2 M parameters; baselines of many rates and of one.
+
+``hierarchical-tiny`` has 0.2 numbers a pixel; of so many, principal components of blocks of 16 x 16
+rebuild Kodak at 28 dB. Its streams are small, and hardly better at the rates above.
+``hierarchical-mini`` has 0.6 (35 dB).
+"""
 
 
 def build_codec(name: str, **changes: Any) -> CodecModel:

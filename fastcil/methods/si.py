@@ -42,7 +42,13 @@ from fastcil.nn import (
 from fastcil.nn.lifecycle import linear_head, start_network
 
 _CIFAR10 = Recipe(
-    epochs=50, lr=0.03, schedule="constant", momentum=0.0, weight_decay=0.0, batch_size=32
+    epochs=50,
+    lr=0.03,
+    schedule="constant",
+    momentum=0.0,
+    weight_decay=0.0,
+    batch_size=32,
+    clip_value=1.0,
 )
 _MNIST = replace(_CIFAR10, epochs=1, lr=0.1, batch_size=10)
 
