@@ -104,11 +104,12 @@ def test_gradients_are_compared_whatever_the_method(method):
     figures = rows[:, 2:].view(-1, 2, 6)
     assert bool((figures[..., 2:5].abs() <= 1 + 1e-9).all())
     assert bool(figures.isfinite().all())
-    # A step along g changes the loss on memory as the products say: first order is enough.
+    # A step along g changes the loss on memory as the products say: first order is enough, as far
+    # as float32 shows so small a change of a loss.
     steps = addon.transfer.steps
     both = [[t, k, end] for t, k in rows[:, :2].tolist() for end in (0, 1)]
     assert sorted(steps[:, :3].tolist()) == sorted(both)
-    torch.testing.assert_close(steps[:, 4], steps[:, 3], rtol=0.2, atol=0)
+    torch.testing.assert_close(steps[:, 4], steps[:, 3], rtol=0.2, atol=0.01)
     nbytes = learner.nbytes()
     assert nbytes["originals of exemplars"] > 0
     held = nbytes["exemplars"] + nbytes["autoencoder"] + nbytes.get("logits of exemplars", 0)
