@@ -59,7 +59,7 @@ def assert_near(name: str, results: Any, truth: Any, allowed: float) -> None:
 
 
 def pade_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bench_pade.Work:
-    """The few images that are compared are the first of the many that are timed."""
+    """What a way is given: few images to compare its results, many to time it."""
     work = bench_pade.make_work(shape, device=device)
     x, gradient = (t.detach().to(dtype).requires_grad_() for t in (work.x, work.gradient))
     return replace(work, x=x, gradient=gradient)
