@@ -87,23 +87,33 @@ def _choose(labels: Tensor, classes: tuple[int, ...], count: int) -> Tensor:
 
 
 def _pair(original: Picture, exemplar: Picture, box: Tensor) -> Picture:
-    """Original with its box, a white gap, and the exemplar."""
-    left = _draw_box(_scale(original), box.tolist(), exemplar.shape)
+    """Original with its box, a white gap, and the exemplar, both as large.
+
+    An exemplar whose foreground is downsampled too has fewer pixels, of a slightly other shape.
+    """
+    size = _fitted(original)
+    left = _draw_box(_scale(original, size), box.tolist(), exemplar.shape)
     gap = np.full((len(left), _GAP, 3), 255, dtype=np.uint8)
-    return np.concatenate([left, gap, _scale(exemplar)], axis=1)
+    return np.concatenate([left, gap, _scale(exemplar, size)], axis=1)
 
 
-def _scale(image: Picture) -> Picture:
-    """The image as high as the gallery, or as wide; small ones in whole pixels."""
+def _fitted(image: Picture) -> tuple[int, int]:
+    """Height and width of the image when it is as high as the gallery, or as wide."""
     height, width = image.shape[:2]
     factor = min(HEIGHT / height, _WIDTH / width)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _scale(image: Picture, size: tuple[int, int]) -> Picture:
+    """The image in ``size`` pixels, height first; small ones in whole pixels."""
+    height, width = size
+    factor = min(height / image.shape[0], width / image.shape[1])
     how = cv2.INTER_LINEAR
     if factor >= 2:
         how = cv2.INTER_NEAREST
     elif factor < 1:
         how = cv2.INTER_AREA
-    return np.asarray(cv2.resize(image, size, interpolation=how), dtype=np.uint8)
+    return np.asarray(cv2.resize(image, (width, height), interpolation=how), dtype=np.uint8)
 
 
 def _draw_box(picture: Picture, box: list[int], shape: tuple[int, ...]) -> Picture:

@@ -6,7 +6,7 @@ import torch
 
 from fastcil.contract import Task
 from fastcil.data import Examples, ImageStore
-from fastcil.engine.gallery import _scale, exemplar_gallery
+from fastcil.engine.gallery import _fitted, _scale, exemplar_gallery
 from fastcil.memory import Memory, make_codec
 from fastcil.memory.codecs.raw import RawCodec
 from fastcil.memory.originals import find_original
@@ -166,28 +166,28 @@ def test_large_images_are_compared_at_sampled_values():
 
 
 def test_exemplars_that_the_codec_shrank_stand_beside_their_originals():
-    task, boxes = make_task(sizes=((64, 64), (80, 60)), classes=2, per_class=8)
+    # Of 62 x 94 pixels are left 44 x 66, which fitted by themselves would be a row higher.
+    task, boxes = make_task(sizes=((64, 64), (62, 94)), classes=2, per_class=8)
     memory = remember(task, boxes, codec=make_codec("bbox", foreground_ratio=2.0))
     payload = exemplar_gallery(task, memory, NAMES).payload
     assert len(payload["images"]) == 6
     # What is drawn on the left is the image that was shrunk: the first four of either class.
     small = memory.codec.encode(task.examples.images, boxes)
     originals = task.examples.images
+    shapes = set()
     for pair in payload["images"]:
+        sizes = [_fitted(originals.image(k).numpy()) for k in range(len(originals))]
         matches = [
             k
-            for k in range(len(originals))
-            if np.array_equal(pair[:, -picture(small, k).shape[1] :], picture(small, k))
+            for k, size in enumerate(sizes)
+            if np.array_equal(pair[:, -size[1] :], _scale(small.image(k).numpy(), size))
         ]
         assert len(matches) == 1
-        shown = picture(originals, matches[0])
+        shown = _scale(originals.image(matches[0]).numpy(), sizes[matches[0]])
+        shapes.add(shown.shape)
         left = pair[:, : shown.shape[1]]
         assert (left == shown).all(2).mean() > 0.8, "but for the lines of its box"
-
-
-def picture(store, k):
-    """An image as the gallery scales it."""
-    return _scale(store.image(k).numpy())
+    assert shapes == {(128, 128, 3), (127, 192, 3)}
 
 
 def test_a_sparse_exemplar_is_paired_by_the_pixels_it_keeps():
