@@ -16,9 +16,10 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+from reproduction_table import MEASURES, plus_minus, table
 
 from fastcil import Result
-from fastcil.engine.compare import SESSION_MEASURES, Comparison, Row
+from fastcil.engine.compare import Comparison, Row
 from fastcil.engine.epoch_choice import PAPER_MODE
 from fastcil.engine.metrics import mean_interval
 from fastcil.engine.options import flatten, make_settings
@@ -32,13 +33,10 @@ FOLDER = ROOT / "benchmarks" / "reproduction"
 DOCUMENTS = (ROOT / "README.md", FOLDER / "README.md")
 # Where a figure was taken: what a reader needs to take it again.
 FACTS = ("fastcil", "commit", "python", "torch", "numpy", "processor", "threads", "device")
-COLUMNS = ("method", "average", "last", "BWT", "FWT", "difference", "exemplars", "bytes")
-COLUMNS += ("with networks", "time")
 PRESET_COLUMNS = (
     *("preset", "method", "published", "in", "average", "last", "BWT", "seeds", "hours", "device"),
     *("commit", "changed"),
 )
-MEASURES = ("average", "last", "bwt")
 # What a run may have of its own without being another experiment.
 FREE = ("seeds", "device", "preset", "codec", "method", "load.", "engine.threads")
 FREE += ("engine.progress", "engine.tensorboard", "engine.checkpoint_seconds", "engine.scan_batch")
@@ -254,7 +252,7 @@ def preset_rows(name: str) -> list[list[str]]:
             continue
         cells[2] += _beside(figure, run)
         for number, (readout, measures) in enumerate(run["readouts"].items()):
-            ours = [_figure(*measures[m]) if m in measures else "" for m in MEASURES]
+            ours = [plus_minus(*measures[m]) if m in measures else "" for m in MEASURES]
             if number:
                 rows.append(["", f"&emsp;{readout}", "", "", *ours, *[""] * 5])
                 continue
@@ -276,86 +274,6 @@ def _beside(figure: Published, run: dict[str, Any]) -> str:
     if figure.seconds is not None:
         ours.append(f"{sum(run['task_seconds'][:2]):,.0f} s")
     return f" (here {', '.join(ours)})" if ours else ""
-
-
-def table(content: dict[str, Any]) -> str:
-    """The Markdown table of a kept comparison, and a line that says where it comes from."""
-    rows = [Row(**row) for row in content["rows"]]
-    measures = [measure for measure in MEASURES if measure in rows[0].measures]
-    transfer = any(row.transfer for row in rows)
-    told = {"BWT": "bwt" in measures, "FWT": transfer}
-    columns = [column for column in COLUMNS if told.get(column, True)]
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    seen: set[str] = set()
-    for row in rows:
-        first = row.method not in seen
-        seen.add(row.method)
-        cells = [
-            f"`{row.method}`" if first else f"&emsp;{row.readout}",
-            *(_figure(*row.measures[measure]) for measure in measures),
-            *[_figure(*row.transfer) if row.transfer else ""] * transfer,
-            _figure(*row.differences["average"], sign=True) if row.differences else "",
-        ]
-        if first:
-            cells += [f"{row.exemplars:,.0f}", f"{row.nbytes:,}", f"{row.all_nbytes:,}"]
-            cells.append(_time(row.seconds))
-        cells += [""] * (len(columns) - len(cells))
-        lines.append("| " + " | ".join(cells) + " |")
-    if rows[0].sessions:
-        lines += ["", *_sessions(rows, content["curves"])]
-    if content.get("notes"):
-        lines += ["", " ".join(content["notes"])]
-    if poor := _poor(content):
-        lines += ["", f"First tasks below three times chance, which say nothing: {poor}."]
-    if content.get("missing"):
-        told = (f"`{method}` {seeds}" for method, seeds in content["missing"].items())
-        lines += ["", f"Seeds that have not been run yet: {', '.join(told)}."]
-    where = "; ".join([f"`{content['command']}`", *map(_place, content["environments"])]) + "."
-    return "\n".join([*lines, "", where])
-
-
-def _poor(content: dict[str, Any]) -> str:
-    """Methods that hardly learned the first task, and how well, in the mean of their seeds."""
-    found = []
-    for method, chance in content.get("chance", {}).items():
-        learned = content["first_task"][method][0]  # later entries: what was left of it
-        if learned < 3 * chance <= 100:
-            found.append(f"`{method}` {learned:.1f} % (chance {chance:.1f} %)")
-    return ", ".join(found)
-
-
-def _sessions(rows: list[Row], curves: dict[str, Any]) -> list[str]:
-    """The lines of a table of few-shot sessions: accuracy after each, and what came of the last."""
-    count = len(next(iter(curves.values()))[rows[0].readout])
-    heads = ["after session", *map(str, range(count)), *SESSION_MEASURES.values()]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    own = {row.method: row for row in reversed(rows)}
-    for method, row in reversed(own.items()):
-        cells = [f"{accuracy:.1f}" for accuracy in curves[method][row.readout]]
-        cells += [_figure(*row.sessions[measure]) for measure in SESSION_MEASURES]
-        lines.append("| " + " | ".join([f"`{method}`", *cells]) + " |")
-    return lines
-
-
-def _place(facts: dict[str, Any]) -> str:
-    """Where a figure was taken."""
-    return (
-        f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, "
-        f"Python {facts['python']}, commit {facts['commit']}"
-    )
-
-
-def _time(seconds: float) -> str:
-    """Seconds below two minutes, else h:mm:ss."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _figure(mean: float, half: float | None, sign: bool = False) -> str:
-    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
-    return text if half is None else f"{text} ± {half:.1f}"
 
 
 def with_tables(documents: dict[Path, str]) -> dict[Path, str]:

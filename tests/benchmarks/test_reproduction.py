@@ -93,6 +93,11 @@ def test_figures_are_kept_and_tabled(
     assert "cifar100/b0-10" in texts[two]
     (facts,) = content["environments"]
     assert "\n| `finetune` | " in shown and facts["commit"] in shown
+    # A machine is told once, with every commit that ran there.
+    two = [{**facts, "commit": "aa"}, {**facts, "commit": "bb, then aa"}]
+    two += [{**facts, "commit": "bb", "processor": "Another"}]
+    where = reproduction.table({**content, "environments": two}).rpartition("; ")
+    assert where[0].endswith(", commit aa, bb") and where[2].startswith("Another, ")
     assert content["chance"] == {"er": 50.0, "finetune": 50.0}
     hardly = {**content, "chance": {"er": 5.0, "finetune": 4.0}}
     hardly["first_task"] = {"er": [14.9, 40.0], "finetune": [12.0, 0.0]}
@@ -134,6 +139,10 @@ def test_figures_are_kept_and_tabled(
         if (seed, method) == (0, "finetune"):
             assert parts["missing"] == {"finetune": [1]}
             assert "`finetune` [1]" in reproduction.table(parts)
+            parts["missing"] = {"er": [1], "finetune": [1]}
+            assert "not been run yet: 1 of every row." in reproduction.table(parts)
+            parts["missing"] = {"er": [1], "finetune": [0, 1]}
+            assert "yet: `er` [1], `finetune` [0, 1]." in reproduction.table(parts)
             row = parts["rows"][-1]
             assert (row["method"], row["seeds"]) == ("finetune", 1) and row["differences"]
     assert parts == content
