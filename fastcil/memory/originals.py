@@ -15,9 +15,9 @@ def find_original(
 ) -> int | None:
     """The image of a class that an exemplar shows.
 
-    It is, among the images of its class and size, the one whose pixels differ least from what is
-    remembered, whatever the codec; more than 8192 values are compared at as many, evenly spaced.
-    An exemplar that is smaller than all of them was shrunk to the nearest pixel.
+    It is, among the images of its class, the one whose pixels differ least from what is remembered,
+    whatever the codec; more than 8192 values are compared at as many, evenly spaced. An image that
+    is larger is compared as the codecs shrink it, to the nearest pixel.
 
     Args:
         examples: A task's images.
@@ -27,7 +27,7 @@ def find_original(
             compare all pixels.
 
     Returns:
-        Its position; None if no image of its class is as large.
+        Its position; None if all images of its class are smaller.
 
     Example:
         >>> from fastcil.data import ImageStore
@@ -39,9 +39,7 @@ def find_original(
     images = examples.images
     sizes, size = images.sizes, torch.tensor(exemplar.shape[:2]).to(images.device)
     mine = (examples.labels == label).to(images.device)
-    alike = mine & (sizes == size).all(1)
-    larger = mine & (sizes >= size).all(1)
-    candidates = (alike if bool(alike.any()) else larger).nonzero().flatten()
+    candidates = (mine & (sizes >= size).all(1)).nonzero().flatten()
     if not len(candidates):
         return None
     flat = exemplar.reshape(-1).cpu()

@@ -167,7 +167,8 @@ def test_large_images_are_compared_at_sampled_values():
 
 def test_exemplars_that_the_codec_shrank_stand_beside_their_originals():
     # Of 62 x 94 pixels are left 44 x 66, which fitted by themselves would be a row higher.
-    task, boxes = make_task(sizes=((64, 64), (62, 94)), classes=2, per_class=8)
+    # 45 x 45 is what is left of 64 x 64: the size alone does not say which image it was.
+    task, boxes = make_task(sizes=((64, 64), (62, 94), (45, 45)), classes=2, per_class=9)
     memory = remember(task, boxes, codec=make_codec("bbox", foreground_ratio=2.0))
     payload = exemplar_gallery(task, memory, NAMES).payload
     assert len(payload["images"]) == 6
@@ -187,7 +188,7 @@ def test_exemplars_that_the_codec_shrank_stand_beside_their_originals():
         shapes.add(shown.shape)
         left = pair[:, : shown.shape[1]]
         assert (left == shown).all(2).mean() > 0.8, "but for the lines of its box"
-    assert shapes == {(128, 128, 3), (127, 192, 3)}
+    assert shapes >= {(128, 128, 3), (127, 192, 3)}
 
 
 def test_a_sparse_exemplar_is_paired_by_the_pixels_it_keeps():
